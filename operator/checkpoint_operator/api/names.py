@@ -1,0 +1,33 @@
+"""Every name that other software can see, in one place: renaming one of these breaks installations."""
+
+GROUP = "checkpoints.rlhf.dev"
+VERSION = "v1alpha1"
+API_VERSION = f"{GROUP}/{VERSION}"
+KIND = "CheckpointArtifact"
+PLURAL = "checkpointartifacts"
+SINGULAR = "checkpointartifact"
+SHORT_NAME = "ckpt"
+
+FINALIZER = f"{GROUP}/data"
+
+# A new value asks for another try of a Failed artifact; the last value that was acted upon is in the status.
+ANNOTATION_RETRY = f"{GROUP}/retry"
+# "true" lets a deletion finish although its data could not be removed.
+ANNOTATION_ABANDON_DATA = f"{GROUP}/abandon-data"
+
+MARKER_NAME = ".metadata.json"
+"""The object beside the files that says what they are (DESIGN §6)."""
+
+PROBE_PREFIX = ".probe-"
+"""Names of the objects with which an endpoint is asked once whether it honours conditional writes."""
+
+ENV_PLAN = "CHECKPOINT_PLAN"
+"""The variable that hands the mover its plan, one JSON document."""
+
+PLAN_MAX_BYTES = 96 * 1024
+"""Above this the kernel's limit of 128 KiB for one environment string comes near."""
+
+
+def mover_name(uid: str, launch: int) -> str:
+    """The deterministic name of an artifact's n-th mover: whoever starts it twice meets the first."""
+    return f"ckpt-{uid}-{launch}"

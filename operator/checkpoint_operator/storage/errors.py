@@ -1,0 +1,32 @@
+"""The one exception of the storage layer: a reason from the shared table, a sentence, and where it happened."""
+
+from checkpoint_operator.api.errors import FAILURES, ErrorCode, Reason, Retry
+
+
+class StorageError(Exception):
+    """An operation failed.
+
+    Attributes:
+        reason: the key into :data:`checkpoint_operator.api.errors.FAILURES`.
+        code: the stable code RLHF050 … RLHF059.
+        context: where it happened: uri, backend, operation, path, the store's request id. Never a secret.
+    """
+
+    def __init__(self, reason: Reason, message: str, **context: str | None) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.message = message
+        self.context = {key: value for key, value in context.items() if value is not None}
+
+    @property
+    def code(self) -> ErrorCode:
+        return FAILURES[self.reason].code
+
+    @property
+    def retryable(self) -> bool:
+        """Whether the same call may succeed later with nothing changed by a human."""
+        return FAILURES[self.reason].retry is not Retry.NEVER
+
+    def __str__(self) -> str:
+        where = ", ".join(f"{key}={value}" for key, value in self.context.items())
+        return f"{self.code} {self.reason}: {self.message}" + (f" ({where})" if where else "")

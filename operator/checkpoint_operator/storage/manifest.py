@@ -1,0 +1,77 @@
+"""The file table of a checkpoint and its digests: what 'the same content' means, independent of store and time."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+
+from pydantic import Field
+
+from checkpoint_operator.api.base import ApiModel
+
+SCHEMA_VERSION = 1
+
+
+class Link(ApiModel):
+    """A symlink that stays inside the folder. Object stores have no links: it lives in the manifest alone."""
+
+    path: str
+    target: str
+
+
+class StoredFile(ApiModel):
+    """One line of the file table.
+
+    ``sha256`` is the hex digest of the whole file. ``etag`` is the store's name for exactly this version of the object; a
+    removal names it. ``parts`` and ``part_size`` say how it was cut, which a composite checksum depends on.
+    """
+
+    path: str
+    size: int
+    sha256: str
+    parts: int = 1
+    part_size: int | None = None
+    etag: str | None = None
+    generation: int | None = None
+    mode: int | None = None
+    mtime_ns: int | None = None
+
+    @property
+    def token(self) -> str:
+        """What a conditional removal names: the ETag or the generation of exactly this version."""
+        return self.etag or str(self.generation)
+
+
+class FileTable(ApiModel):
+    """What a checkpoint holds, sorted by the UTF-8 bytes of the path."""
+
+    files: list[StoredFile] = Field(default_factory=list)
+    links: list[Link] = Field(default_factory=list)
+    empty_directories: list[str] = Field(default_factory=list)
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(file.size for file in self.files)
+
+
+def digest_lines(lines: Iterable[Sequence[object]]) -> str:
+    """``sha256:…`` over JSON lines: arrays without spaces, non-ASCII characters as they are, one newline each."""
+    digest = hashlib.sha256()
+    for line in lines:
+        digest.update(json.dumps(line, ensure_ascii=False, separators=(",", ":")).encode())
+        digest.update(b"\n")
+    return f"sha256:{digest.hexdigest()}"
+
+
+def content_digest(table: FileTable) -> str:
+    """The digest by which two checkpoints are the same: paths, sizes, hashes, links, empty folders.
+
+    Never modes, times, part sizes or etags: they differ between stores.
+    """
+    return digest_lines(
+        [
+            *([file.path, file.size, file.sha256] for file in sorted(table.files, key=lambda file: file.path.encode())),
+            *(["link", link.path, link.target] for link in sorted(table.links, key=lambda link: link.path.encode())),
+            *(["directory", path] for path in sorted(table.empty_directories, key=str.encode)),
+        ]
+    )

@@ -1,0 +1,106 @@
+"""The one object beside the files that says what they are: being written, a checkpoint, or being removed.
+
+``.metadata.json`` has a state and is changed only by compare-and-swap::
+
+    absent ──create if absent──▶ Uploading ──swap──▶ Committed (the manifest)
+                                     │                   │
+                                     └───────swap────────┴──▶ Deleting (holds the whole old marker) ──remove──▶ absent
+
+Only Committed is a manifest; everybody who lists or reads ignores the other two.
+"""
+
+import hashlib
+import json
+import secrets
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import Field, TypeAdapter, ValidationError
+
+from checkpoint_operator.api.base import ApiModel
+from checkpoint_operator.api.errors import Reason
+from checkpoint_operator.api.metadata import ArtifactMetadata
+from checkpoint_operator.storage.errors import StorageError
+from checkpoint_operator.storage.manifest import SCHEMA_VERSION, FileTable
+
+
+def new_claim_id() -> str:
+    """128 fresh random bits: every create and swap gets its own, so that a lost reply can be told from a lost race."""
+    return secrets.token_hex(16)
+
+
+class _MarkerBase(ApiModel):
+    schema_version: int = SCHEMA_VERSION
+    artifact_uid: str = Field(alias="artifactUID")
+    claim_id: str = Field(alias="claimID")
+
+
+class Uploading(_MarkerBase):
+    """Somebody claimed the place and is writing; nothing that lies there is a checkpoint."""
+
+    state: Literal["Uploading"] = "Uploading"
+    source_fingerprint: str
+
+
+class Manifest(_MarkerBase):
+    """A committed checkpoint. Invariant I: every byte that it lists is durable and right."""
+
+    state: Literal["Committed"] = "Committed"
+    source_fingerprint: str
+    content_digest: str
+    metadata: ArtifactMetadata
+    table: FileTable
+
+
+class Deleting(_MarkerBase):
+    """The data is being removed. ``previous`` is the whole old marker: what a later mover needs to go on."""
+
+    state: Literal["Deleting"] = "Deleting"
+    previous: Uploading | Manifest = Field(discriminator="state")
+
+
+Marker = Uploading | Manifest | Deleting
+_MARKER: TypeAdapter[Marker] = TypeAdapter(Annotated[Marker, Field(discriminator="state")])
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A marker as it was read: ``token`` is the store's name for this version (ETag, generation), ``digest`` that of its bytes."""
+
+    marker: Marker
+    token: str
+    digest: str
+
+
+def encode(marker: Marker) -> bytes:
+    """The bytes of a marker; indented, because people open it."""
+    return (json.dumps(marker.to_wire(), ensure_ascii=False, indent=1) + "\n").encode()
+
+
+def digest(data: bytes) -> str:
+    """The digest of a marker's bytes (``manifestDigest`` in the status)."""
+    return f"sha256:{hashlib.sha256(data).hexdigest()}"
+
+
+def decode(data: bytes, token: str, uri: str) -> Seen:
+    """Read a marker.
+
+    Raises:
+        StorageError: TargetNotEmpty where the object is something else, or of a newer schema: it is not ours to touch.
+    """
+    try:
+        marker = _MARKER.validate_json(data)
+    except ValidationError as error:
+        raise StorageError(
+            Reason.TARGET_NOT_EMPTY,
+            "the object .metadata.json there was not written by this software: choose another URI, or remove it",
+            uri=uri,
+        ) from error
+    if marker.schema_version > SCHEMA_VERSION:
+        raise StorageError(
+            Reason.TARGET_NOT_EMPTY,
+            f"the checkpoint there has schema version {marker.schema_version}, this software knows {SCHEMA_VERSION}: "
+            "upgrade it",
+            uri=uri,
+        )
+    return Seen(marker, token, digest(data))

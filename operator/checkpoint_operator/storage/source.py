@@ -1,0 +1,393 @@
+"""Reads a checkpoint folder that somebody else can change at any moment, and never leaves it.
+
+The mover may be more powerful than whoever owns the volume, so every name is opened component by component with
+O_NOFOLLOW: a folder that is swapped for a symlink between scan and read gives an error, not another file's content.
+"""
+
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from wcmatch import glob
+
+from checkpoint_operator.api.errors import Reason
+from checkpoint_operator.api.names import MARKER_NAME, PROBE_PREFIX
+from checkpoint_operator.api.uris import bad_segment
+from checkpoint_operator.storage.errors import StorageError
+from checkpoint_operator.storage.manifest import Link, digest_lines
+
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_GLOB = glob.GLOBSTAR | glob.DOTGLOB | glob.MATCHBASE | glob.FORCEUNIX
+
+
+@dataclass(frozen=True, order=True)
+class SourceFile:
+    """A file as the scan saw it. ``path`` is relative to the folder, with '/'."""
+
+    path: str
+    size: int
+    mtime_ns: int
+    inode: int
+    mode: int = field(compare=False)
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What a folder holds, sorted by path."""
+
+    files: tuple[SourceFile, ...]
+    links: tuple[Link, ...] = ()
+    empty_directories: tuple[str, ...] = ()
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(file.size for file in self.files)
+
+    @property
+    def fingerprint(self) -> str:
+        """``sha256:…`` over [path, size, mtimeNs] and what else the folder holds: cheap, and it changes with any write."""
+        return digest_lines(
+            [
+                *([file.path, file.size, file.mtime_ns] for file in self.files),
+                *(["link", link.path, link.target] for link in self.links),
+                *(["directory", path] for path in self.empty_directories),
+            ]
+        )
+
+
+def open_directory(root: str, path: str) -> int:
+    """Open ``path`` below ``root`` without following a symlink below the root; the caller closes the descriptor.
+
+    Raises:
+        OSError: as open(2) gives it; ELOOP or ENOTDIR where a component is a symlink or no folder.
+    """
+    descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        return open_below(descriptor, path)
+    finally:
+        os.close(descriptor)
+
+
+def open_below(directory: int, path: str) -> int:
+    """Like :func:`open_directory`, starting from an open folder, which stays open."""
+    current = os.dup(directory)
+    for segment in [part for part in path.split("/") if part not in ("", ".")]:
+        try:
+            deeper = os.open(segment, _DIRECTORY, dir_fd=current)
+        finally:
+            os.close(current)
+        current = deeper
+    return current
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which paths of a folder are stored: those that ``include`` names (all, if empty) less those of ``exclude``."""
+
+    include: Sequence[str] = ()
+    exclude: Sequence[str] = ()
+
+    def wants(self, path: str) -> bool:
+        """Whether a file is stored. A pattern that names a folder speaks for everything below it."""
+        return (not self.include or _matches(path, self.include)) and not self.excludes(path)
+
+    def excludes(self, path: str) -> bool:
+        return bool(self.exclude) and _matches(path, self.exclude)
+
+
+def _matches(path: str, patterns: Sequence[str]) -> bool:
+    parts = path.split("/")
+    return any(glob.globmatch("/".join(parts[:depth]), patterns, flags=_GLOB) for depth in range(len(parts), 0, -1))
+
+
+@dataclass
+class SourceTree:
+    """An opened source: a folder, or a single file (then ``path`` names the file and the listing has one entry).
+
+    Use as a context manager. Raises :class:`StorageError` with SourceNotFound, SourceUnreadable, SourceUnsupported.
+    """
+
+    root: str
+    path: str
+    selection: Selection = field(default_factory=Selection)
+    _descriptor: int = -1
+    _single: str | None = None
+
+    def __enter__(self) -> "SourceTree":
+        path = self.path.strip("/")
+        parent, _, name = path.rpartition("/")
+        try:
+            above = open_directory(self.root, parent)
+        except OSError as error:
+            raise self._cannot_open(error, parent or self.root) from error
+        try:
+            if name in ("", "."):
+                self._descriptor = os.dup(above)
+                return self
+            kind = os.stat(name, dir_fd=above, follow_symlinks=False).st_mode
+            if stat.S_ISREG(kind):
+                self._single, self._descriptor = name, os.dup(above)
+            else:
+                self._descriptor = os.open(name, _DIRECTORY, dir_fd=above)
+        except FileNotFoundError as error:
+            there = ", ".join(sorted(os.listdir(above))[:10]) or "nothing"
+            raise StorageError(
+                Reason.SOURCE_NOT_FOUND,
+                f"source.path '{self.path}' does not exist; beside it the volume holds: {there}",
+                path=self.path,
+            ) from error
+        except OSError as error:
+            raise self._cannot_open(error, path) from error
+        finally:
+            os.close(above)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def identity(self) -> tuple[int, int]:
+        """(device, inode) of the opened folder, to notice a target inside the source."""
+        status = os.fstat(self._descriptor)
+        return status.st_dev, status.st_ino
+
+    @property
+    def is_single_file(self) -> bool:
+        return self._single is not None
+
+    def scan(self) -> Listing:
+        """Look at every name once, without reading a byte of content.
+
+        Raises:
+            StorageError: SourceUnsupported for a symlink that leaves the folder and for special files,
+                UnsupportedName for a name that not every store can keep, SourceEmpty, SourceUnreadable.
+        """
+        files: list[SourceFile] = []
+        links: list[Link] = []
+        empty: list[str] = []
+        if self._single is not None:
+            status = os.stat(self._single, dir_fd=self._descriptor, follow_symlinks=False)
+            self._check_name(self._single)
+            files.append(_source_file(self._single, status))
+        else:
+            for path, status, link in self._walk(self._descriptor, ""):
+                if link is not None:
+                    links.append(Link(path=path, target=link))
+                elif status is None:
+                    empty.append(path)
+                else:
+                    files.append(_source_file(path, status))
+        if not files:
+            raise StorageError(
+                Reason.SOURCE_EMPTY,
+                f"source.path '{self.path}' holds no file that source.include and source.exclude leave over",
+                path=self.path,
+            )
+        return Listing(
+            tuple(sorted(files, key=lambda file: file.path.encode())),
+            tuple(sorted(links, key=lambda link: link.path.encode())),
+            tuple(sorted(empty, key=str.encode)),
+        )
+
+    def _walk(self, directory: int, prefix: str) -> Iterator[tuple[str, os.stat_result | None, str | None]]:
+        """Yield (path, status of a file or None for an empty folder, target of a link)."""
+        try:
+            with os.scandir(directory) as entries:
+                names = sorted(entry.name for entry in entries)
+        except OSError as error:
+            raise self._cannot_open(error, prefix or self.path) from error
+        for name in names:
+            path = prefix + name
+            if path == MARKER_NAME or self.selection.excludes(path):
+                continue
+            status = self._stat(name, directory, path)
+            kind = status.st_mode
+            if stat.S_ISDIR(kind):
+                yield from self._walk_directory(name, directory, path)
+                continue
+            if not self.selection.wants(path):
+                continue
+            self._check_name(path)
+            if stat.S_ISREG(kind):
+                yield path, status, None
+            elif stat.S_ISLNK(kind):
+                yield path, None, self._inner_link(name, directory, path)
+            else:
+                raise StorageError(
+                    Reason.SOURCE_UNSUPPORTED,
+                    f"'{path}' is neither a file nor a folder (a FIFO, socket or device): remove it or exclude it",
+                    path=path,
+                )
+
+    def _walk_directory(
+        self, name: str, directory: int, path: str
+    ) -> Iterator[tuple[str, os.stat_result | None, str | None]]:
+        try:
+            descriptor = os.open(name, _DIRECTORY, dir_fd=directory)
+        except OSError as error:
+            raise self._cannot_open(error, path) from error
+        try:
+            with os.scandir(descriptor) as entries:
+                is_empty = next(entries, None) is None
+            if is_empty:
+                if self.selection.wants(path):
+                    self._check_name(path)
+                    yield path, None, None
+                return
+            yield from self._walk(descriptor, path + "/")
+        finally:
+            os.close(descriptor)
+
+    def _stat(self, name: str, directory: int, path: str) -> os.stat_result:
+        try:
+            return os.stat(name, dir_fd=directory, follow_symlinks=False)
+        except FileNotFoundError as error:
+            raise StorageError(
+                Reason.SOURCE_CHANGED, f"'{path}' vanished while the folder was listed", path=path
+            ) from error
+        except OSError as error:
+            raise self._cannot_open(error, path) from error
+
+    def _check_name(self, path: str) -> None:
+        problem = next((problem for part in path.split("/") if (problem := bad_segment(part))), None)
+        if problem is None and path.startswith(PROBE_PREFIX):
+            problem = f"the reserved prefix '{PROBE_PREFIX}'"
+        if problem:
+            shown = path.encode("utf-8", "backslashreplace").decode()
+            raise StorageError(
+                Reason.UNSUPPORTED_NAME, f"the name {shown!r} has {problem}: rename it or exclude it", path=shown
+            )
+
+    def _inner_link(self, name: str, directory: int, path: str) -> str:
+        target = os.readlink(name, dir_fd=directory)
+        inside = os.path.normpath(os.path.join(os.path.dirname(path), target))
+        if os.path.isabs(target) or inside == ".." or inside.startswith("../"):
+            raise StorageError(
+                Reason.SOURCE_UNSUPPORTED,
+                f"the symlink '{path}' points out of the folder (to '{target}'): replace it by the file, or exclude it",
+                path=path,
+            )
+        return target
+
+    def open(self, file: SourceFile) -> "OpenFile":
+        """Open one scanned file for reading.
+
+        Raises:
+            StorageError: SourceUnreadable with owner and mode, or SourceChanged.
+        """
+        parent, _, name = file.path.rpartition("/")
+        try:
+            directory = open_below(self._descriptor, parent)
+            try:
+                descriptor = os.open(
+                    name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory
+                )
+            finally:
+                os.close(directory)
+        except PermissionError as error:
+            raise self._unreadable(file) from error
+        except OSError as error:
+            raise StorageError(
+                Reason.SOURCE_CHANGED, f"'{file.path}' was replaced or removed: {error.strerror}", path=file.path
+            ) from error
+        opened = OpenFile(file, descriptor)
+        try:
+            opened.check_unchanged()
+        except BaseException:
+            opened.close()
+            raise
+        return opened
+
+    def _unreadable(self, file: SourceFile) -> StorageError:
+        # safetensors 0.8 leaves its files with mode 0600, so this is the usual first failure of a new installation.
+        try:
+            directory = open_below(self._descriptor, file.path.rpartition("/")[0])
+            try:
+                owner = os.stat(file.path.rpartition("/")[2], dir_fd=directory, follow_symlinks=False)
+            finally:
+                os.close(directory)
+            whose = f"it belongs to {owner.st_uid}:{owner.st_gid} with mode {stat.S_IMODE(owner.st_mode):04o}"
+            way_out = f"set spec.mover.runAsUser: {owner.st_uid}, or chmod it"
+        except OSError:
+            whose, way_out = "its owner cannot be seen", "give the mover's user access to the folder"
+        return StorageError(
+            Reason.SOURCE_UNREADABLE,
+            f"'{file.path}' cannot be read by user {os.geteuid()}: {whose}; {way_out}",
+            path=file.path,
+        )
+
+    def _cannot_open(self, error: OSError, path: str) -> StorageError:
+        if isinstance(error, FileNotFoundError):
+            reason, text = Reason.SOURCE_NOT_FOUND, f"source.path '{self.path}': '{path}' does not exist"
+        elif isinstance(error, PermissionError):
+            reason, text = Reason.SOURCE_UNREADABLE, f"'{path}' cannot be opened by user {os.geteuid()}"
+        else:
+            reason = Reason.SOURCE_UNSUPPORTED
+            text = f"'{path}' is no folder, or a symlink (links are not followed): {error.strerror}"
+        return StorageError(reason, text, path=path)
+
+
+@dataclass
+class OpenFile:
+    """One file being read; ``pread`` into private buffers, never mmap: a truncation would be a SIGBUS, and what was
+    hashed might differ from what was sent."""
+
+    file: SourceFile
+    descriptor: int
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Exactly ``length`` bytes at ``offset``.
+
+        Raises:
+            StorageError: SourceChanged when the file has become shorter, SourceUnreadable on an I/O error.
+        """
+        chunks: list[bytes] = []
+        while length > 0:
+            try:
+                chunk = os.pread(self.descriptor, length, offset)
+            except OSError as error:
+                raise StorageError(
+                    Reason.SOURCE_UNREADABLE,
+                    f"reading '{self.file.path}' failed: {error.strerror}",
+                    path=self.file.path,
+                ) from error
+            if not chunk:
+                raise self._changed("became shorter")
+            chunks.append(chunk)
+            offset += len(chunk)
+            length -= len(chunk)
+        return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+    def check_unchanged(self) -> None:
+        """Compare with what the scan saw: before the first and after the last byte.
+
+        Raises:
+            StorageError: SourceChanged.
+        """
+        status = os.fstat(self.descriptor)
+        if _source_file(self.file.path, status) != self.file or not stat.S_ISREG(status.st_mode):
+            raise self._changed("changed")
+
+    def _changed(self, what: str) -> StorageError:
+        return StorageError(
+            Reason.SOURCE_CHANGED,
+            f"'{self.file.path}' {what} while it was read: create the artifact only after the checkpoint is saved",
+            path=self.file.path,
+        )
+
+    def close(self) -> None:
+        os.close(self.descriptor)
+
+    def __enter__(self) -> "OpenFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _source_file(path: str, status: os.stat_result) -> SourceFile:
+    return SourceFile(path, status.st_size, status.st_mtime_ns, status.st_ino, stat.S_IMODE(status.st_mode))
+
