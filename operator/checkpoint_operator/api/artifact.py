@@ -129,9 +129,7 @@ class ArtifactTarget(ApiModel):
             _rule(
                 "self.matches('^(file|s3|gs|azure)://')",
                 "must begin with file://, s3://, gs:// or azure://",
-                expression=(
-                    "\"spec.target.uri '\" + self + \"' must begin with file://, s3://, gs:// or azure://\""
-                ),
+                expression=('"spec.target.uri \'" + self + "\' must begin with file://, s3://, gs:// or azure://"'),
             ),
             _rule(
                 "!self.matches('^[^/]*//[^/]*@')",
@@ -148,8 +146,8 @@ class ArtifactTarget(ApiModel):
                 "gs://[a-z0-9][a-z0-9._-]{1,220}[a-z0-9])/')",
                 "must name a valid bucket or container; a file URI has three slashes: file:///path",
                 expression=(
-                    "\"spec.target.uri '\" + self + \"' must name a valid bucket or container "
-                    "(3-63 of a-z 0-9 - .), and a file URI has three slashes: file:///path\""
+                    '"spec.target.uri \'" + self + "\' must name a valid bucket or container '
+                    '(3-63 of a-z 0-9 - .), and a file URI has three slashes: file:///path"'
                 ),
             ),
             _rule(
@@ -157,7 +155,7 @@ class ArtifactTarget(ApiModel):
                 r"!self.matches('/[.]{1,2}(/|$)') && !self.matches('[\\\\\\x00-\\x1f\\x7f]')",
                 "must have a path without '..', '.', '//', backslashes or control characters",
                 expression=(
-                    "\"spec.target.uri '\" + self + \"' must have a path (one folder for each checkpoint) without "
+                    '"spec.target.uri \'" + self + "\' must have a path (one folder for each checkpoint) without '
                     "'..', '.', '//', backslashes or control characters\""
                 ),
             ),
@@ -180,9 +178,9 @@ class ArtifactTarget(ApiModel):
             "mover's own identity is used."
         ),
     )
-    endpoint: Annotated[
-        str, StringConstraints(max_length=512, pattern=r"^https?://[^/@?#\s]+(/[^?#\s]*)?$")
-    ] | None = Field(default=None, description="Address of the store where it is not the cloud's own (http or https).")
+    endpoint: Annotated[str, StringConstraints(max_length=512, pattern=r"^https?://[^/@?#\s]+(/[^?#\s]*)?$")] | None = Field(
+        default=None, description="Address of the store where it is not the cloud's own (http or https)."
+    )
     region: Annotated[str, StringConstraints(max_length=64, pattern=r"^[A-Za-z0-9-]+$")] | None = Field(
         default=None, description="Region of the bucket."
     )
@@ -201,9 +199,7 @@ class Training(ApiModel):
     total_steps: Annotated[int, Field(ge=0, le=2**53)] | None = Field(
         default=None, description="Optimizer steps that the training plans."
     )
-    final_loss: Decimal | None = Field(
-        default=None, description="The last training loss, as a decimal string: '0.31'."
-    )
+    final_loss: Decimal | None = Field(default=None, description="The last training loss, as a decimal string: '0.31'.")
     stage: Literal["Intermediate", "Final"] | None = Field(
         default=None, description="Intermediate: saved on the way. Final: the training's outcome."
     )
@@ -269,7 +265,6 @@ class DeletionPolicy(StrEnum):
 
 def _immutable(path: str, *, optional: bool) -> dict[str, str]:
     """A rule on the spec as a whole: a transition rule on the field itself is skipped when there was no old value."""
-    *parents, _ = path.split(".")
     field, old = f"self.{path}", f"oldSelf.{path}"
     rule = f"{field} == {old}"
     if optional:

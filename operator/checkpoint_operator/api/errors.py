@@ -159,7 +159,10 @@ FAILURES: dict[Reason, FailureClass] = {
         _C.UNSUPPORTED, _X.SOURCE_UNREADABLE, _R.NEVER, "Rename the file, or leave it out with source.exclude."
     ),
     Reason.REQUEST_REJECTED: FailureClass(
-        _C.UPLOAD, _X.CONFIGURATION, _R.NEVER, "The store refuses this request for good; its own words are in the message."
+        _C.UPLOAD,
+        _X.CONFIGURATION,
+        _R.NEVER,
+        "The store refuses this request for good; its own words are in the message.",
     ),
     Reason.CREDENTIALS_MISSING: FailureClass(
         _C.CREDENTIALS, _X.CREDENTIALS, _R.NEVER, "Configure a credential profile for this target."
@@ -186,7 +189,10 @@ FAILURES: dict[Reason, FailureClass] = {
         _C.SOURCE, _X.SOURCE_UNREADABLE, _R.NEVER, "Let the mover run as the owner of the files, or chmod them."
     ),
     Reason.SOURCE_UNSUPPORTED: FailureClass(
-        _C.SOURCE, _X.SOURCE_UNREADABLE, _R.NEVER, "Remove the link or special file, or leave it out with source.exclude."
+        _C.SOURCE,
+        _X.SOURCE_UNREADABLE,
+        _R.NEVER,
+        "Remove the link or special file, or leave it out with source.exclude.",
     ),
     Reason.NOT_FOUND: FailureClass(
         _C.NOT_FOUND, _X.CONFIGURATION, _R.NEVER, "No committed checkpoint lies at that URI; list its parent."
@@ -199,7 +205,10 @@ FAILURES: dict[Reason, FailureClass] = {
         _C.UPLOAD, _X.BUG, _R.COUNTED, "The mover was killed, often for memory: see spec.mover.resources."
     ),
     Reason.NO_PROGRESS: FailureClass(
-        _C.UNAVAILABLE, _X.UNAVAILABLE, _R.COUNTED, "The mover stood still for too long; look at the volume and the store."
+        _C.UNAVAILABLE,
+        _X.UNAVAILABLE,
+        _R.COUNTED,
+        "The mover stood still for too long; look at the volume and the store.",
     ),
 }
 

@@ -27,6 +27,12 @@ ENV_PLAN = "CHECKPOINT_PLAN"
 PLAN_MAX_BYTES = 96 * 1024
 """Above this the kernel's limit of 128 KiB for one environment string comes near."""
 
+ENV_TERMINATION_MESSAGE = "CHECKPOINT_TERMINATION_MESSAGE"
+"""Where the mover writes its result once more (the pod's terminationMessagePath)."""
+
+ENV_EXIT_WITH_PARENT = "CHECKPOINT_EXIT_WITH_PARENT"
+"""Set where the mover is a child of the operator: the end of its standard input is the operator's death."""
+
 
 def mover_name(uid: str, launch: int) -> str:
     """The deterministic name of an artifact's n-th mover: whoever starts it twice meets the first."""

@@ -57,8 +57,10 @@ class TargetURI:
     path: str
 
     @classmethod
-    def parse(cls, text: str) -> Self:
+    def parse(cls, text: str, *, allow_root: bool = False) -> Self:
         """Parse and normalise (one trailing slash is dropped).
+
+        ``allow_root``: a whole bucket or volume is fine too (for listing; never for writing or deleting).
 
         Raises:
             InvalidURI: with a sentence that names the text and the way out.
@@ -85,6 +87,8 @@ class TargetURI:
         elif not _BUCKET[scheme].fullmatch(bucket):
             raise InvalidURI(f"'{text}' names no valid bucket or container ('{bucket}'): see the store's naming rules")
         path = path.removesuffix("/")
+        if not path and allow_root:
+            return cls(scheme, bucket, "")
         if not slash or not path:
             raise InvalidURI(
                 f"'{text}' names a whole {'volume' if scheme is Scheme.FILE else 'bucket'}: add a path, one folder "

@@ -94,7 +94,7 @@ class PutObjects:
 
 @dataclass(frozen=True)
 class Put:
-    """``table`` is what the store confirmed; ``mismatched`` what was there with other content (then nothing is committed)."""
+    """``table`` is what the store confirmed; ``mismatched`` what was there with other content: then nothing is committed."""
 
     table: FileTable
     mismatched: tuple[Found, ...] = ()

@@ -65,7 +65,7 @@ _MARKER: TypeAdapter[Marker] = TypeAdapter(Annotated[Marker, Field(discriminator
 
 @dataclass(frozen=True)
 class Seen:
-    """A marker as it was read: ``token`` is the store's name for this version (ETag, generation), ``digest`` that of its bytes."""
+    """A marker as it was read: ``token`` names this version (ETag, generation), ``digest`` its bytes."""
 
     marker: Marker
     token: str

@@ -173,13 +173,13 @@ class SourceTree:
             self._check_name(self._single)
             files.append(_source_file(self._single, status))
         else:
-            for path, status, link in self._walk(self._descriptor, ""):
+            for path, found, link in self._walk(self._descriptor, ""):
                 if link is not None:
                     links.append(Link(path=path, target=link))
-                elif status is None:
+                elif found is None:
                     empty.append(path)
                 else:
-                    files.append(_source_file(path, status))
+                    files.append(_source_file(path, found))
         if not files:
             raise StorageError(
                 Reason.SOURCE_EMPTY,
@@ -245,9 +245,7 @@ class SourceTree:
         try:
             return os.stat(name, dir_fd=directory, follow_symlinks=False)
         except FileNotFoundError as error:
-            raise StorageError(
-                Reason.SOURCE_CHANGED, f"'{path}' vanished while the folder was listed", path=path
-            ) from error
+            raise StorageError(Reason.SOURCE_CHANGED, f"'{path}' vanished while the folder was listed", path=path) from error
         except OSError as error:
             raise self._cannot_open(error, path) from error
 
@@ -282,9 +280,7 @@ class SourceTree:
         try:
             directory = open_below(self._descriptor, parent)
             try:
-                descriptor = os.open(
-                    name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory
-                )
+                descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
             finally:
                 os.close(directory)
         except PermissionError as error:
@@ -390,4 +386,3 @@ class OpenFile:
 
 def _source_file(path: str, status: os.stat_result) -> SourceFile:
     return SourceFile(path, status.st_size, status.st_mtime_ns, status.st_ino, stat.S_IMODE(status.st_mode))
-

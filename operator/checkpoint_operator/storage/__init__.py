@@ -1,0 +1,28 @@
+"""The storage layer as a library of its own: usable with no cluster, no operator and no Kubernetes client."""
+
+from checkpoint_operator.api.errors import ErrorCode, Reason
+from checkpoint_operator.api.metadata import ArtifactMetadata
+from checkpoint_operator.api.protocol import Layout, Progress, Stored, TargetOptions
+from checkpoint_operator.storage.backend import DeleteRequest, StorageBackend, UploadRequest
+from checkpoint_operator.storage.errors import StorageError
+from checkpoint_operator.storage.local import LocalStorageBackend
+from checkpoint_operator.storage.manager import StorageManager, get_storage_manager
+from checkpoint_operator.storage.registry import S3StorageBackend
+
+__all__ = [
+    "ArtifactMetadata",
+    "DeleteRequest",
+    "ErrorCode",
+    "Layout",
+    "LocalStorageBackend",
+    "Progress",
+    "Reason",
+    "S3StorageBackend",
+    "StorageBackend",
+    "StorageError",
+    "StorageManager",
+    "Stored",
+    "TargetOptions",
+    "UploadRequest",
+    "get_storage_manager",
+]

@@ -1,0 +1,84 @@
+"""What every backend does, whatever it stands on; the conformance suite holds each of them to this page.
+
+Call order and promises:
+
+* ``upload_artifact`` returns only after the commit: then, and only then, the other calls see the artifact. Called again
+  after any failure or kill, it goes on with what is there. It never overwrites: a place holds one artifact.
+* ``download_artifact`` gives the whole artifact, verified, or nothing: the destination appears by one rename.
+* ``delete_artifact`` makes the artifact invisible first and removes the data then; nothing there is success.
+* ``list_artifacts`` and ``get_metadata`` know committed artifacts alone.
+"""
+
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from checkpoint_operator.api.metadata import ArtifactMetadata
+from checkpoint_operator.api.protocol import Layout, Progress, Stored
+from checkpoint_operator.api.uris import TargetURI
+from checkpoint_operator.storage.marker import Manifest
+from checkpoint_operator.storage.source import Selection
+
+Report = Callable[[Progress], None]
+
+
+@dataclass(frozen=True)
+class UploadRequest:
+    """One upload. ``root`` and ``path`` name the source; ``uid`` the artifact (None: derived from URI and source).
+
+    ``force`` is the fence of DESIGN §6: the caller knows that no earlier mover of this artifact is running.
+    """
+
+    root: str
+    path: str
+    uri: TargetURI
+    metadata: ArtifactMetadata
+    uid: str | None = None
+    layout: Layout = Layout.PLAIN
+    selection: Selection = field(default_factory=Selection)
+    force: bool = False
+    report: Report | None = None
+    cancelled: threading.Event = field(default_factory=threading.Event)
+
+
+@dataclass(frozen=True)
+class DeleteRequest:
+    """One deletion. ``uid`` None: whoever's artifact is there. ``keep_committed``: only what was never committed."""
+
+    uri: TargetURI
+    uid: str | None = None
+    layout: Layout = Layout.PLAIN
+    keep_committed: bool = False
+    force: bool = False
+
+
+class StorageBackend(Protocol):
+    """A place for artifacts. Every method raises :class:`checkpoint_operator.storage.errors.StorageError`."""
+
+    def upload_artifact(self, request: UploadRequest) -> Stored:
+        """Store a folder or a file and commit it.
+
+        Raises (by reason): SourceNotFound, SourceUnreadable, SourceUnsupported, SourceEmpty, SourceChanged,
+        UnsupportedName; TargetExists, TargetNotEmpty, TargetBusy, EarlierMoverNotGone; CredentialsMissing,
+        CredentialsRefused, BucketNotFound, ConditionalWritesUnsupported, StoreUnavailable, IntegrityMismatch.
+        """
+
+    def download_artifact(self, uri: TargetURI, destination: Path, report: Report | None = None) -> ArtifactMetadata:
+        """Fetch a committed artifact into a folder that does not exist yet.
+
+        Raises: NotFound, DestinationExists, IntegrityMismatch, and the store's own.
+        """
+
+    def delete_artifact(self, request: DeleteRequest) -> str:
+        """Remove an artifact; one sentence about what was removed or kept. Raises: EarlierMoverNotGone, TargetBusy."""
+
+    def list_artifacts(self, prefix: TargetURI, artifact_type: str | None = None) -> Iterator[ArtifactMetadata]:
+        """Every committed artifact at or below a prefix, in the order of the store."""
+
+    def get_metadata(self, uri: TargetURI) -> ArtifactMetadata:
+        """What is known about the committed artifact at a URI. Raises: NotFound."""
+
+    def get_manifest(self, uri: TargetURI) -> Manifest:
+        """The whole manifest of the committed artifact at a URI. Raises: NotFound."""

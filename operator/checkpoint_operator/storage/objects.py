@@ -1,0 +1,382 @@
+"""Artifacts in an object store: drives the commit protocol against any :class:`ObjectStore`."""
+
+import secrets
+import uuid
+from collections.abc import Callable, Generator, Iterable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TypeVar
+
+from checkpoint_operator.api.errors import Reason
+from checkpoint_operator.api.metadata import ArtifactMetadata
+from checkpoint_operator.api.names import MARKER_NAME, PROBE_PREFIX
+from checkpoint_operator.api.protocol import Layout, Stored
+from checkpoint_operator.api.uris import TargetURI
+from checkpoint_operator.storage import commit, marker
+from checkpoint_operator.storage.backend import DeleteRequest, Report, UploadRequest
+from checkpoint_operator.storage.commit import Claimant, Found
+from checkpoint_operator.storage.download import download
+from checkpoint_operator.storage.errors import StorageError
+from checkpoint_operator.storage.manifest import FileTable, StoredFile, content_digest
+from checkpoint_operator.storage.marker import Manifest, Marker, Seen
+from checkpoint_operator.storage.source import Listing, SourceTree
+from checkpoint_operator.storage.store import ObjectStore
+from checkpoint_operator.storage.transfer import DEFAULT_WORKERS, Meter, Transfer
+
+MAX_KEY_BYTES = 1024  # S3's, GCS's and Azure's limit alike
+
+OpenStore = Callable[[TargetURI], ObjectStore]
+Outcome = TypeVar("Outcome")
+
+
+class ObjectStoreBackend:
+    """A :class:`StorageBackend` over any store that has conditional writes (or, for layout Unique, over any store).
+
+    ``now`` gives the time of a commit; ``open_store`` connects to the bucket that a URI names.
+    """
+
+    def __init__(self, open_store: OpenStore, *, now: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
+        self._open_store = open_store
+        self._now = now
+        self._honours: dict[tuple[str, str], bool] = {}
+
+    def upload_artifact(self, request: UploadRequest) -> Stored:
+        store = self._open_store(request.uri)
+        with _Source(request) as source:
+            uid = request.uid or derive_uid(request.uri, source.listing.fingerprint)
+            if request.layout is Layout.UNIQUE:
+                return self._upload_unique(store, request, source, uid)
+            return self._upload_at(store, request, source, uid, request.uri, unique=False)
+
+    def _upload_unique(self, store: ObjectStore, request: UploadRequest, source: "_Source", uid: str) -> Stored:
+        """Nobody else uses the place, so that even a store without conditions is safe behind the fence."""
+        places = list(_unique_places(store, request.uri, uid))
+        for place in places:
+            seen = _read_marker(store, place)
+            if seen and isinstance(seen.marker, Manifest):
+                return _stored(commit.Committed(seen, seen.marker, owner=True), place)
+        here = unique_place(request.uri, uid, source.listing.fingerprint)
+        stored = self._upload_at(store, request, source, uid, here, unique=True)
+        # What earlier attempts left of another state of the source, now that the checkpoint is safe.
+        for place in places:
+            if place != here:
+                self.delete_artifact(DeleteRequest(place, uid, keep_committed=True, force=request.force))
+        return stored
+
+    def _upload_at(
+        self,
+        store: ObjectStore,
+        request: UploadRequest,
+        source: "_Source",
+        uid: str,
+        place: TargetURI,
+        *,
+        unique: bool,
+    ) -> Stored:
+        driver = _Driver(store, place, uid, source, request, lambda: self._conditional(store, place, unique=unique))
+        metadata = request.metadata.replace(
+            artifact_id=request.metadata.artifact_id or uid, created_at=request.metadata.created_at or self._now()
+        )
+        who = Claimant(uid, metadata, marker.new_claim_id, earlier_mover_gone=request.force)
+        return _stored(driver.run(commit.upload(who, str(place))), place)
+
+    def _conditional(self, store: ObjectStore, place: TargetURI, *, unique: bool) -> ObjectStore:
+        """The store to write with. Asked before the first write, once for each bucket."""
+        known = (place.scheme, place.bucket)
+        if known not in self._honours:
+            self._honours[known] = store.honours_conditions(f"{place.path}/{PROBE_PREFIX}{secrets.token_hex(8)}")
+        if self._honours[known]:
+            return store
+        if unique:
+            return store.without_conditions()
+        raise StorageError(
+            Reason.CONDITIONAL_WRITES_UNSUPPORTED,
+            "the store ignores If-None-Match or If-Match, so that two writers could mix their files: use layout Unique",
+            uri=str(place),
+        )
+
+    def download_artifact(self, uri: TargetURI, destination: Path, report: Report | None = None) -> ArtifactMetadata:
+        store, manifest = self._open_store(uri), self.get_manifest(uri)
+
+        def fetch(file: StoredFile, start: int, length: int) -> bytes:
+            return store.fetch(f"{uri.path}/{file.path}", file.token, start, length)
+
+        download(manifest, fetch, destination, Meter(report))
+        return manifest.metadata
+
+    def delete_artifact(self, request: DeleteRequest) -> str:
+        store = self._open_store(request.uri)
+        if request.layout is Layout.UNIQUE and request.uid:
+            places = list(_unique_places(store, request.uri, request.uid))
+            said = [self._delete_at(store, place, request) for place in places]
+            return "; ".join(said) or "nothing is left there"
+        return self._delete_at(store, request.uri, request)
+
+    def _delete_at(self, store: ObjectStore, place: TargetURI, request: DeleteRequest) -> str:
+        uid, force = request.uid, request.force
+        if uid is None:
+            seen = _read_marker(store, place)
+            if seen is None:
+                return "nothing is left there"
+            uid = seen.marker.artifact_uid
+            # Nobody else is writing below a manifest; only what was never committed may have a mover at work.
+            force = force or isinstance(seen.marker, Manifest)
+        who = Claimant(uid, ArtifactMetadata(), marker.new_claim_id, earlier_mover_gone=force)
+        driver = _Driver(store, place, uid, None, None, lambda: store)
+        return driver.run(commit.delete(who, str(place), keep_committed=request.keep_committed)).message
+
+    def list_artifacts(self, prefix: TargetURI, artifact_type: str | None = None) -> Iterator[ArtifactMetadata]:
+        store = self._open_store(prefix)
+        for entry in store.list(f"{prefix.path}/" if prefix.path else ""):
+            folder, _, name = entry.key.rpartition("/")
+            if name != MARKER_NAME or not folder:
+                continue
+            try:
+                seen = _read_marker(store, TargetURI(prefix.scheme, prefix.bucket, folder))
+            except StorageError as error:
+                if error.reason is not Reason.TARGET_NOT_EMPTY:
+                    raise
+                continue  # somebody else's .metadata.json
+            if seen and isinstance(seen.marker, Manifest):
+                metadata = seen.marker.metadata
+                if artifact_type in (None, metadata.artifact_type):
+                    yield metadata
+
+    def get_metadata(self, uri: TargetURI) -> ArtifactMetadata:
+        return self.get_manifest(uri).metadata
+
+    def get_manifest(self, uri: TargetURI) -> Manifest:
+        return require_manifest(_read_marker(self._open_store(uri), uri), uri)
+
+
+def require_manifest(seen: Seen | None, uri: TargetURI) -> Manifest:
+    """The manifest behind a marker.
+
+    Raises:
+        StorageError: NotFound, which says what is there instead.
+    """
+    if seen and isinstance(seen.marker, Manifest):
+        return seen.marker
+    what = f"one is {seen.marker.state.lower()} there" if seen else "nothing is there"
+    raise StorageError(Reason.NOT_FOUND, f"no committed checkpoint at {uri}: {what}", uri=str(uri))
+
+
+def derive_uid(uri: TargetURI, fingerprint: str) -> str:
+    """The uid of an artifact that has none (library use), so that a second run finds the claim of the first."""
+    return str(uuid.uuid5(uuid.NAMESPACE_URL, f"{uri}#{fingerprint}"))
+
+
+def unique_place(uri: TargetURI, uid: str, fingerprint: str) -> TargetURI:
+    """Where layout Unique puts one state of one artifact's source."""
+    return uri.child(f"{uid}-{fingerprint.removeprefix('sha256:')[:16]}")
+
+
+def _unique_places(store: ObjectStore, uri: TargetURI, uid: str) -> Iterable[TargetURI]:
+    start = f"{uri.path}/{uid}-"
+    for entry in store.list(start):
+        folder, _, name = entry.key.rpartition("/")
+        if name == MARKER_NAME and "/" not in folder.removeprefix(start):
+            yield TargetURI(uri.scheme, uri.bucket, folder)
+
+
+def _marker_key(place: TargetURI) -> str:
+    return f"{place.path}/{MARKER_NAME}"
+
+
+def _read_marker(store: ObjectStore, place: TargetURI) -> Seen | None:
+    found = store.read(_marker_key(place))
+    return marker.decode(*found, str(place)) if found else None
+
+
+def _stored(committed: commit.Committed, place: TargetURI) -> Stored:
+    manifest = committed.manifest
+    return Stored(
+        storage_uri=str(place),
+        size_bytes=manifest.table.size,
+        file_count=len(manifest.table.files),
+        manifest_digest=committed.seen.digest,
+        content_digest=manifest.content_digest,
+        data_owner=committed.owner,
+    )
+
+
+class _Source:
+    """The source, opened and scanned at first use: after a commit it may be gone, and nobody needs it any more."""
+
+    def __init__(self, request: UploadRequest) -> None:
+        self._tree = SourceTree(request.root, request.path, request.selection)
+        self._opened = False
+        self._listing: Listing | None = None
+
+    @property
+    def tree(self) -> SourceTree:
+        if not self._opened:
+            self._tree.__enter__()
+            self._opened = True
+        return self._tree
+
+    @property
+    def listing(self) -> Listing:
+        """What the first look saw; one run stores one state of the source."""
+        if self._listing is None:
+            self._listing = self.tree.scan()
+        return self._listing
+
+    def check_unchanged(self) -> None:
+        if self.tree.scan().fingerprint != self.listing.fingerprint:
+            raise StorageError(
+                Reason.SOURCE_CHANGED,
+                "files were added, removed or written while the checkpoint was stored: create the artifact only after it "
+                "is saved",
+            )
+
+    def __enter__(self) -> "_Source":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._opened:
+            self._tree.__exit__()
+
+
+class _Driver:
+    """Answers the requests of :mod:`checkpoint_operator.storage.commit` with a real store and a real source."""
+
+    def __init__(
+        self,
+        store: ObjectStore,
+        place: TargetURI,
+        uid: str,
+        source: _Source | None,
+        request: UploadRequest | None,
+        conditional: Callable[[], ObjectStore],
+    ) -> None:
+        self._store = store
+        self._place = place
+        self._prefix = f"{place.path}/"
+        self._uid = uid
+        self._source = source
+        self._request = request
+        self._conditional = conditional
+        self._found: dict[str, int] | None = None
+
+    def run(self, steps: Generator[commit.Request, object, Outcome]) -> Outcome:
+        """Drive a protocol to its end; errors are raised inside it, so that it may clean up."""
+        try:
+            request = next(steps)
+            while True:
+                try:
+                    answer = self._perform(request)
+                except Exception as error:
+                    request = steps.throw(error)
+                else:
+                    request = steps.send(answer)
+        except StopIteration as stop:
+            outcome: Outcome = stop.value
+            return outcome
+
+    def _perform(self, request: commit.Request) -> object:
+        match request:
+            case commit.ReadMarker():
+                return _read_marker(self._store, self._place)
+            case commit.CreateMarker(new):
+                return self._write(new, self._store.create(_marker_key(self._place), marker.encode(new)))
+            case commit.SwapMarker(seen, new):
+                return self._write(new, self._store.swap(_marker_key(self._place), seen.token, marker.encode(new)))
+            case commit.RemoveMarker(seen):
+                self._store.remove(_marker_key(self._place), seen.token)
+            case commit.ListObjects():
+                return self._list_objects()
+            case commit.ScanSource():
+                return self._scan()
+            case commit.HashSource():
+                return content_digest(self._transfer().hash_all())
+            case commit.PutObjects():
+                return self._put_objects()
+            case commit.Verify(table):
+                return self._verify(table)
+            case commit.RemoveObjects(objects):
+                for found in objects:
+                    self._store.remove(self._prefix + found.path, found.token)
+            case commit.AbortUploads():
+                for key, upload_id in self._store.list_uploads(self._prefix):
+                    self._store.abort_upload(key, upload_id)
+        return None
+
+    @staticmethod
+    def _write(new: Marker, token: str | None) -> Seen | None:
+        return Seen(new, token, marker.digest(marker.encode(new))) if token else None
+
+    def _entries(self) -> dict[str, tuple[int, str]]:
+        """Path → (size, token) of every data object: no marker, no probes, nothing that belongs to a nested artifact."""
+        entries = {entry.key.removeprefix(self._prefix): entry for entry in self._store.list(self._prefix)}
+        nested = tuple(
+            path.removesuffix(MARKER_NAME) for path in entries if path.endswith(f"/{MARKER_NAME}") and path != MARKER_NAME
+        )
+        return {
+            path: (entry.size, entry.token)
+            for path, entry in entries.items()
+            if path and path != MARKER_NAME and not path.startswith(PROBE_PREFIX) and not path.startswith(nested)
+        }
+
+    def _list_objects(self) -> tuple[Found, ...]:
+        entries = self._entries()
+        self._found = {path: size for path, (size, _) in entries.items()}
+        return tuple(found for path in entries if (found := self._look(path)))
+
+    def _look(self, path: str) -> Found | None:
+        stat = self._store.stat(self._prefix + path)
+        return Found(path, stat.size, stat.token, stat.owner) if stat else None
+
+    def _scan(self) -> str:
+        assert self._source is not None
+        listing = self._source.listing
+        for file in listing.files:
+            length = len((self._prefix + file.path).encode())
+            if length > MAX_KEY_BYTES:
+                raise StorageError(
+                    Reason.UNSUPPORTED_NAME,
+                    f"the key of '{file.path}' would have {length} bytes, a store allows {MAX_KEY_BYTES}: use a shorter "
+                    "target.uri",
+                    path=file.path,
+                )
+        # The last moment before the first write.
+        self._store = self._conditional()
+        return listing.fingerprint
+
+    def _transfer(self) -> Transfer:
+        assert self._source is not None
+        assert self._request is not None
+        return Transfer(
+            self._store,
+            self._prefix,
+            self._source.tree,
+            self._source.listing,
+            self._uid,
+            Meter(self._request.report),
+            self._request.cancelled,
+            DEFAULT_WORKERS,
+        )
+
+    def _put_objects(self) -> commit.Put:
+        # A fresh claim comes right after a listing; a joiner has not looked yet.
+        existing = self._found
+        if existing is None:
+            existing = {path: size for path, (size, _) in self._entries().items()}
+        self._found = None
+        return self._transfer().put_all(existing)
+
+    def _verify(self, table: FileTable) -> tuple[Found, ...]:
+        """One listing: every version that a confirmed write (or a compared checksum) named must still be there."""
+        assert self._source is not None
+        self._source.check_unchanged()
+        entries = self._entries()
+        for file in table.files:
+            there = entries.pop(file.path, None)
+            if there != (file.size, file.token):
+                raise StorageError(
+                    Reason.INTEGRITY_MISMATCH,
+                    f"'{file.path}' was written as {file.token} ({file.size} bytes), the store now lists {there}",
+                    uri=str(self._place),
+                    path=file.path,
+                )
+        return tuple(found for path in entries if (found := self._look(path)))
