@@ -1,0 +1,155 @@
+"""Runs one plan and says how it ended, in a way that survives every kind of death (DESIGN §5).
+
+Progress and the result are JSON lines on standard output; the result goes once more into the termination message; the
+exit code says the class of a failure to whoever lost both. Logs go to standard error.
+"""
+
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TextIO
+
+from pydantic import ValidationError
+
+from checkpoint_operator.api.errors import FAILURES, ExitCode, Reason
+from checkpoint_operator.api.names import ENV_EXIT_WITH_PARENT, ENV_PLAN, ENV_TERMINATION_MESSAGE
+from checkpoint_operator.api.protocol import Failure, Operation, Plan, Progress, Result, encode_line
+from checkpoint_operator.api.uris import InvalidURI, TargetURI
+from checkpoint_operator.mover.lock import hold_lock
+from checkpoint_operator.storage import DeleteRequest, StorageError, StorageManager, UploadRequest
+from checkpoint_operator.storage.source import Selection
+from checkpoint_operator.storage.transfer import Cancelled
+
+TERMINATED = 128 + signal.SIGTERM
+"""The exit code after SIGTERM: no result is printed, what was stored stays for the next attempt."""
+
+_log = logging.getLogger("checkpoint_operator.mover")
+
+
+class Mover:
+    """One run. ``output`` is where the lines go."""
+
+    def __init__(self, environment: Mapping[str, str], output: TextIO) -> None:
+        self._environment = environment
+        self._output = output
+        self._writing = threading.Lock()
+        self.cancelled = threading.Event()
+
+    def run(self) -> int:
+        """Run the plan of the environment; the exit code. Every exception becomes a result."""
+        try:
+            result = self._execute(self._read_plan())
+        except Cancelled:
+            _log.info("stopped on request; what was stored stays")
+            return TERMINATED
+        except StorageError as error:
+            _log.error("%s", error)
+            result = Result(failure=Failure(reason=error.reason, message=error.message))
+        except Exception as error:
+            # Only the type goes into the result: the text of an unknown exception may hold anything.
+            _log.exception("the mover met a bug")
+            result = Result(
+                failure=Failure(
+                    reason=Reason.INTERNAL, message=f"{type(error).__name__}: see the mover's log, and report it"
+                )
+            )
+        self._emit(result)
+        self._write_termination_message(result)
+        return FAILURES[result.failure.reason].exit_code if result.failure else ExitCode.DONE
+
+    def _read_plan(self) -> Plan:
+        text = self._environment.get(ENV_PLAN)
+        if text is None:
+            raise StorageError(
+                Reason.INVALID_SPEC, f"the variable {ENV_PLAN} is not set: a mover is started by the operator"
+            )
+        try:
+            return Plan.model_validate_json(text)
+        except ValidationError as error:
+            fields = ", ".join(".".join(str(part) for part in item["loc"]) for item in error.errors())
+            raise StorageError(Reason.INVALID_SPEC, f"the plan in {ENV_PLAN} is not valid, see: {fields}") from error
+
+    def _execute(self, plan: Plan) -> Result:
+        try:
+            uri = TargetURI.parse(plan.target_uri)
+        except InvalidURI as error:
+            raise StorageError(Reason.UNSUPPORTED_URI, str(error)) from error
+        with ExitStack() as stack:
+            if plan.lock_file:
+                stack.enter_context(hold_lock(Path(plan.lock_file)))
+            backend = StorageManager(plan.options).backend(uri.scheme)
+            match plan.operation:
+                case Operation.DELETE:
+                    request = DeleteRequest(
+                        uri,
+                        plan.artifact_uid,
+                        plan.layout,
+                        keep_committed=plan.keep_committed,
+                        force=plan.earlier_mover_gone,
+                    )
+                    return Result(deleted=backend.delete_artifact(request))
+                case Operation.UPLOAD:
+                    return Result(stored=backend.upload_artifact(self._upload_request(plan, uri)))
+
+    def _upload_request(self, plan: Plan, uri: TargetURI) -> UploadRequest:
+        if plan.source is None:
+            raise StorageError(Reason.INVALID_SPEC, f"the plan in {ENV_PLAN} has no source")
+        return UploadRequest(
+            root=plan.source.root,
+            path=plan.source.path,
+            uri=uri,
+            metadata=plan.metadata,
+            uid=plan.artifact_uid,
+            layout=plan.layout,
+            selection=Selection(tuple(plan.source.include), tuple(plan.source.exclude)),
+            force=plan.earlier_mover_gone,
+            report=self._emit,
+            cancelled=self.cancelled,
+        )
+
+    def _emit(self, message: Progress | Result) -> None:
+        with self._writing:
+            self._output.write(encode_line(message) + "\n")
+            self._output.flush()
+
+    def _write_termination_message(self, result: Result) -> None:
+        path = self._environment.get(ENV_TERMINATION_MESSAGE)
+        if path:
+            try:
+                Path(path).write_text(encode_line(result))
+            except OSError as error:
+                _log.warning("the termination message could not be written: %s", error.strerror)
+
+
+def _exit_with_parent(cancelled: threading.Event) -> None:
+    """Stop when standard input ends: the operator holds its other end, so its death, however sudden, is seen here."""
+
+    def watch() -> None:
+        while os.read(sys.stdin.fileno(), 4096):
+            pass
+        cancelled.set()
+
+    threading.Thread(target=watch, name="parent", daemon=True).start()
+
+
+def main() -> int:
+    """Entry point; reads the plan from the environment."""
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    # The identity of the machine belongs to nobody who may write a custom resource.
+    os.environ["AWS_EC2_METADATA_DISABLED"] = "true"
+    mover = Mover(os.environ, sys.stdout)
+    signal.signal(signal.SIGTERM, lambda *_: mover.cancelled.set())
+    signal.signal(signal.SIGINT, lambda *_: mover.cancelled.set())
+    if os.environ.get(ENV_EXIT_WITH_PARENT):
+        _exit_with_parent(mover.cancelled)
+    try:
+        return mover.run()
+    except BrokenPipeError:
+        # Nobody listens any more; the store keeps what was done, the next attempt finds it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return TERMINATED
