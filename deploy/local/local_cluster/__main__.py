@@ -1,0 +1,46 @@
+"""The command line: a cluster for the shell, `python -m local_cluster up`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from . import detached
+from .build import build
+from .errors import LocalClusterError
+
+
+def say(text: str) -> None:
+    # To stderr, so that `eval "$(… up)"` sees only the export lines.
+    print(text, file=sys.stderr, flush=True)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="local_cluster", description=__doc__)
+    parser.add_argument("command", choices=["up", "down", "env", "status", "build"])
+    parser.add_argument("--name", default="local", help="several clusters can run side by side (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    try:
+        if options.command == "up":
+            print(detached.exports(detached.up(options.name, say=say)))
+        elif options.command == "down":
+            detached.down(options.name, say=say)
+        elif options.command == "env":
+            print(detached.exports(detached.existing_or_running(options.name)))
+        elif options.command == "status":
+            text = detached.status(options.name)
+            print(text)
+            return 1 if text.startswith("down") else 0
+        else:
+            print(build(say=say))
+    except LocalClusterError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; nothing is left running", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
