@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,14 +45,16 @@ class Session:
     def log(self, program: str) -> Path:
         return self.state_dir / f"{program}.log"
 
-    def start(self, name: str, argv: Sequence[str | Path], *, remove: Sequence[Path] = ()) -> int:
-        """Returns the pid. The environment is bare: no proxy, no credentials of the user reach a program."""
+    def start(
+        self, name: str, argv: Sequence[str | Path], *, env: Mapping[str, str] | None = None, remove: Sequence[Path] = ()
+    ) -> int:
+        """Returns the pid. The environment is bare but for `env`: no proxy, no credentials of the user reach a program."""
         self._send(
             {
                 "do": "start",
                 "name": name,
                 "argv": [str(item) for item in argv],
-                "env": {"PATH": os.environ.get("PATH", os.defpath), "HOME": str(self.state_dir)},
+                "env": {"PATH": os.environ.get("PATH", os.defpath), "HOME": str(self.state_dir), **(env or {})},
                 "log": str(self.log(name)),
                 "remove": [str(path) for path in remove],
             }

@@ -41,7 +41,8 @@ _QUANTITIES = {
     "maxProperties": 16,
     "additionalProperties": {
         "x-kubernetes-int-or-string": True,
-        "anyOf": [{"type": "integer"}, {"type": "string", "maxLength": 32}],
+        "anyOf": [{"type": "integer"}, {"type": "string"}],
+        "maxLength": 32,
     },
 }
 

@@ -1,0 +1,76 @@
+"""Writes everything that has its source in the code: the CRD and the tables in docs/. A test fails when they differ.
+
+Run ``make generate`` after a change of the models, of the failure table or of the settings.
+"""
+
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import yaml
+
+from checkpoint_operator.api.crd import custom_resource_definition
+from checkpoint_operator.api.errors import FAILURES, ExitCode
+from checkpoint_operator.controller.config import ENV_PREFIX, Settings
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class _Dumper(yaml.SafeDumper):
+    """YAML without anchors: kubectl reads them, people do not."""
+
+    def ignore_aliases(self, data: object) -> bool:
+        return True
+
+
+def crd() -> str:
+    body = yaml.dump(custom_resource_definition(), Dumper=_Dumper, sort_keys=False, width=120, allow_unicode=True)
+    return f"# Generated from operator/checkpoint_operator/api/artifact.py by `make generate`: do not edit.\n{body}"
+
+
+def failures_table() -> str:
+    lines = ["| reason | code | mover's exit | tried again | what to do |", "|---|---|---|---|---|"]
+    for reason, failure in sorted(FAILURES.items(), key=lambda item: (item[1].code, item[0])):
+        exit_code = ExitCode(failure.exit_code)
+        lines.append(f"| `{reason}` | {failure.code} | {exit_code.value} | {failure.retry} | {failure.help} |")
+    return "\n".join(lines)
+
+
+def settings_table() -> str:
+    lines = ["| flag | variable | default | what it is |", "|---|---|---|---|"]
+    for name, field in Settings.model_fields.items():
+        default = "" if field.default in (None, "") else f"`{field.default}`"
+        flag = f"`--{name.replace('_', '-')}`"
+        lines.append(f"| {flag} | `{ENV_PREFIX}{name.upper()}` | {default} | {field.description} |")
+    return "\n".join(lines)
+
+
+def _with_table(path: Path, table: str) -> str:
+    """The page with the part between its two comments replaced."""
+    begin, end = "<!-- generated: begin -->", "<!-- generated: end -->"
+    text = path.read_text()
+    if begin not in text or end not in text:
+        raise SystemExit(f"{path} has no '{begin}' … '{end}' for the generated table")
+    return re.sub(
+        f"{re.escape(begin)}.*?{re.escape(end)}", lambda _: f"{begin}\n{table}\n{end}", text, count=1, flags=re.DOTALL
+    )
+
+
+def generated() -> Iterator[tuple[Path, str]]:
+    """(path, content) of every generated file."""
+    yield ROOT / "crds" / "checkpointartifacts.yaml", crd()
+    yield ROOT / "docs" / "failures.md", _with_table(ROOT / "docs" / "failures.md", failures_table())
+    yield ROOT / "docs" / "configuration.md", _with_table(ROOT / "docs" / "configuration.md", settings_table())
+
+
+def main() -> int:
+    for path, content in generated():
+        if not path.exists() or path.read_text() != content:
+            path.write_text(content)
+            print(f"wrote {path.relative_to(ROOT)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,155 @@
+"""Every request to the Kubernetes API is made here, and no ApiException leaves this file."""
+
+import os
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import asynccontextmanager
+from datetime import datetime
+from typing import Any, NoReturn, TypeVar
+
+import aiohttp
+from kubernetes.aio import client, config
+from kubernetes.aio.client.exceptions import ApiException
+
+from checkpoint_operator.api import names
+from checkpoint_operator.api.artifact import CheckpointArtifact
+from checkpoint_operator.api.base import JsonObject
+
+TIMEOUT = 30.0
+"""Seconds for one request."""
+PAGE = 500
+"""Objects in one page of a list: bounds the memory of a resync of ten thousand artifacts."""
+NOTE_MAX = 1024
+"""The API's own limit of an event's note."""
+_MERGE_PATCH = "application/merge-patch+json"
+
+Answer = TypeVar("Answer")
+
+
+class KubeError(Exception):
+    """A request failed in a way that a later one may not: the API server is away, or refuses us."""
+
+
+class Conflict(KubeError):
+    """The object is not what we thought: read it again."""
+
+
+class NotFound(KubeError):
+    """There is no such object (any more)."""
+
+
+class Kube:
+    """The requests that the operator makes, and so the rights that it needs (``deploy/rbac.yaml``)."""
+
+    def __init__(self, api: client.ApiClient) -> None:
+        self._objects = client.CustomObjectsApi(api)
+        self._events = client.EventsV1Api(api)
+
+    async def list_artifacts(self, namespaces: tuple[str, ...]) -> AsyncIterator[JsonObject]:
+        """Every CheckpointArtifact (of these namespaces, or of all), page by page."""
+        for namespace in namespaces or (None,):
+            token: str | None = None
+            while True:
+                page = await self._ask(self._list(namespace, token))
+                for item in page["items"]:
+                    yield item
+                token = page["metadata"].get("continue")
+                if not token:
+                    break
+
+    def _list(self, namespace: str | None, token: str | None) -> Awaitable[JsonObject]:
+        more: dict[str, Any] = {"limit": PAGE, "_request_timeout": TIMEOUT} | ({"_continue": token} if token else {})
+        if namespace is None:
+            answer: Awaitable[JsonObject] = self._objects.list_cluster_custom_object(
+                names.GROUP, names.VERSION, names.PLURAL, **more
+            )
+        else:
+            answer = self._objects.list_namespaced_custom_object(names.GROUP, names.VERSION, namespace, names.PLURAL, **more)
+        return answer
+
+    async def get(self, namespace: str, name: str) -> JsonObject:
+        """One artifact as it is now. Raises :class:`NotFound`."""
+        return await self._ask(
+            self._objects.get_namespaced_custom_object(
+                names.GROUP, names.VERSION, namespace, names.PLURAL, name, _request_timeout=TIMEOUT
+            )
+        )
+
+    async def patch(self, artifact: CheckpointArtifact, patch: JsonObject, *, status: bool = False) -> JsonObject:
+        """Merge-patch exactly the version of the object that was decided upon.
+
+        Raises:
+            Conflict: somebody changed it; NotFound: it is gone.
+        """
+        guarded = {**patch, "metadata": {**patch.get("metadata", {}), "resourceVersion": artifact.metadata.resource_version}}
+        send = (
+            self._objects.patch_namespaced_custom_object_status if status else self._objects.patch_namespaced_custom_object
+        )
+        return await self._ask(
+            send(
+                names.GROUP,
+                names.VERSION,
+                artifact.metadata.namespace,
+                names.PLURAL,
+                artifact.metadata.name,
+                guarded,
+                _content_type=_MERGE_PATCH,
+                _request_timeout=TIMEOUT,
+            )
+        )
+
+    async def post_event(
+        self, artifact: CheckpointArtifact, reason: str, note: str, now: datetime, *, warning: bool
+    ) -> None:
+        """Say something about an artifact, for ``kubectl describe`` and ``kubectl events``."""
+        metadata = artifact.metadata
+        body = {
+            "apiVersion": "events.k8s.io/v1",
+            "kind": "Event",
+            "metadata": {"generateName": f"{metadata.name[:48]}.", "namespace": metadata.namespace},
+            "regarding": {
+                "apiVersion": names.API_VERSION,
+                "kind": names.KIND,
+                "namespace": metadata.namespace,
+                "name": metadata.name,
+                "uid": metadata.uid,
+                "resourceVersion": metadata.resource_version,
+            },
+            "type": "Warning" if warning else "Normal",
+            "reason": reason,
+            "action": "Reconcile",
+            "note": note if len(note) <= NOTE_MAX else note[: NOTE_MAX - 1] + "…",
+            "eventTime": now.isoformat(timespec="microseconds"),
+            "reportingController": f"{names.GROUP}/operator",
+            "reportingInstance": os.environ.get("HOSTNAME", "operator")[:128],
+        }
+        await self._ask(self._events.create_namespaced_event(metadata.namespace, body, _request_timeout=TIMEOUT))
+
+    async def _ask(self, request: Awaitable[Answer]) -> Answer:
+        try:
+            return await request
+        except ApiException as error:
+            _refuse(error)
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise KubeError(f"the API server cannot be reached: {type(error).__name__}: {error}") from error
+
+
+def _refuse(error: ApiException) -> NoReturn:
+    said = f"HTTP {error.status} {error.reason}: {str(error.body or '')[:500]}"
+    match error.status:
+        case 404:
+            raise NotFound(said) from error
+        case 409:
+            raise Conflict(said) from error
+    raise KubeError(said) from error
+
+
+@asynccontextmanager
+async def connect() -> AsyncIterator[Kube]:
+    """A client for the cluster that we run in, or that KUBECONFIG names."""
+    configuration = client.Configuration()
+    if os.environ.get("KUBERNETES_SERVICE_HOST") and not os.environ.get("KUBECONFIG"):
+        config.load_incluster_config(client_configuration=configuration)
+    else:
+        await config.load_kube_config(client_configuration=configuration)
+    async with client.ApiClient(configuration) as api:
+        yield Kube(api)

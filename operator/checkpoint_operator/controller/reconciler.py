@@ -1,0 +1,311 @@
+"""Level-based reconciliation: observe what is there, plan one step, act, look again.
+
+The worker of a key is the only writer of that artifact's status, and every write names the version of the object that it
+was decided upon. So a stale cache or a second operator costs a conflict and another look, never a wrong status.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+from pydantic import ValidationError
+
+from checkpoint_operator.api import names
+from checkpoint_operator.api.artifact import CheckpointArtifact, Phase, parse_artifact
+from checkpoint_operator.api.base import JsonObject
+from checkpoint_operator.controller.executor import Executor, FinishedMover, RunningMover
+from checkpoint_operator.controller.kube import Conflict, Kube, KubeError, NotFound
+from checkpoint_operator.controller.plan import (
+    AddFinalizer,
+    Event,
+    Observed,
+    Policy,
+    Record,
+    RemoveFinalizer,
+    Start,
+    Stop,
+    Wait,
+    plan,
+)
+from checkpoint_operator.controller.queue import WorkQueue
+from checkpoint_operator.controller.scheduling import Demand, Key, Limits, admit, blocked
+
+MAX_STEPS = 10
+"""Decisions for one key in a row before others get their turn."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class ArtifactCache:
+    """The newest version of every artifact that was seen; fed by events, by our own writes and by resyncs."""
+
+    _bodies: dict[Key, JsonObject] = field(default_factory=dict)
+
+    def put(self, body: JsonObject) -> Key:
+        """Keep the object unless a newer version is known. Versions are comparable since Kubernetes 1.35 (KEP-5504)."""
+        metadata = body["metadata"]
+        key = (metadata["namespace"], metadata["name"])
+        known = self._bodies.get(key)
+        if known is None or known["metadata"]["uid"] != metadata["uid"] or _version(body) >= _version(known):
+            self._bodies[key] = {**body, "metadata": {k: v for k, v in metadata.items() if k != "managedFields"}}
+        return key
+
+    def remove(self, key: Key) -> None:
+        self._bodies.pop(key, None)
+
+    def get(self, key: Key) -> JsonObject | None:
+        return self._bodies.get(key)
+
+    def keys(self) -> list[Key]:
+        return list(self._bodies)
+
+    def also_stored_by(self, key: Key, uri: str) -> Key | None:
+        """Another Ready artifact whose data is the same place."""
+        for other, body in self._bodies.items():
+            status = body.get("status", {})
+            if other != key and status.get("storageURI") == uri and status.get("phase") == Phase.READY:
+                return other
+        return None
+
+
+def _version(body: JsonObject) -> int:
+    return int(body["metadata"]["resourceVersion"])
+
+
+class Reconciler:
+    """Owns the queue, the cache and the places of movers; ``now`` is the clock (UTC)."""
+
+    def __init__(
+        self,
+        kube: Kube,
+        queue: WorkQueue[Key],
+        executor: Executor,
+        policy: Policy,
+        limits: Limits,
+        now: Callable[[], datetime],
+    ) -> None:
+        self._kube = kube
+        self._queue = queue
+        self._executor = executor
+        self._policy = policy
+        self._limits = limits
+        self._now = now
+        self.cache = ArtifactCache()
+        self._running: dict[Key, Demand] = {}
+        self._waiting: dict[Key, Demand] = {}
+
+    def saw(self, kind: str | None, body: JsonObject) -> None:
+        """An event of the watch: remember the object, look at its key. What kind of event it was does not matter."""
+        if kind == "DELETED":
+            key = (body["metadata"]["namespace"], body["metadata"]["name"])
+            self.cache.remove(key)
+        else:
+            key = self.cache.put(body)
+        self._queue.add(key)
+
+    async def resync(self, namespaces: tuple[str, ...]) -> None:
+        """List everything, forget what is gone, look at everything: finds what a broken watch never told."""
+        seen = {self.cache.put(body) async for body in self._kube.list_artifacts(namespaces)}
+        for key in self.cache.keys():  # noqa: SIM118 - not a mapping
+            if key not in seen:
+                await self._confirm_gone(key)
+        for key in seen:
+            body = self.cache.get(key)
+            if body and not _is_settled(body):
+                self._queue.add(key)
+
+    async def _confirm_gone(self, key: Key) -> None:
+        # It may have been created while the pages of the list were read.
+        try:
+            self.cache.put(await self._kube.get(*key))
+        except NotFound:
+            self.cache.remove(key)
+            self._queue.add(key)
+
+    async def work(self) -> None:
+        """One worker; runs for ever. An error of one key never ends it."""
+        while True:
+            key = await self._queue.get()
+            try:
+                seconds = await self._reconcile(key)
+                self._queue.forget(key)
+                if seconds is not None:
+                    self._queue.add_after(key, seconds)
+            except Conflict:
+                _log.debug("%s/%s changed meanwhile, looking again", *key)
+                await self._refresh(key)
+            except NotFound:
+                self.cache.remove(key)
+                self._queue.add(key)
+            except KubeError as error:
+                delay = self._queue.retry(key)
+                _log.warning("%s/%s: %s; trying again in %.0f s", *key, error, delay)
+            except Exception:
+                delay = self._queue.retry(key)
+                _log.exception("%s/%s: reconciling failed; trying again in %.0f s", *key, delay)
+            finally:
+                self._queue.done(key)
+
+    async def _refresh(self, key: Key) -> None:
+        try:
+            self.cache.put(await self._kube.get(*key))
+            self._queue.add(key)
+        except NotFound:
+            self.cache.remove(key)
+            self._queue.add(key)
+        except KubeError:
+            self._queue.retry(key)
+
+    async def _reconcile(self, key: Key) -> float | None:
+        """Take steps until there is nothing to do now; seconds until the next look, or None."""
+        for _ in range(MAX_STEPS):
+            body = self.cache.get(key)
+            if body is None:
+                self._release(key)
+                return None
+            try:
+                artifact = parse_artifact(body)
+            except ValidationError as error:
+                fields = ", ".join(".".join(str(part) for part in item["loc"]) for item in error.errors())
+                _log.error("%s/%s is not understood and left alone, see: %s", *key, fields)
+                return None
+            seconds = await self._step(artifact)
+            if seconds != 0:
+                return seconds
+        return 0
+
+    async def _step(self, artifact: CheckpointArtifact) -> float | None:
+        """One decision and its execution; 0: look again at once."""
+        now = self._now()
+        seen = self._observe(artifact)
+        decision = plan(seen, self._policy, now)
+        if not isinstance(decision, Wait):
+            _log.debug("%s/%s: %s", *artifact.key, type(decision).__name__)
+        match decision:
+            case Wait(seconds):
+                return seconds
+            case AddFinalizer():
+                finalizers = [*artifact.metadata.finalizers, names.FINALIZER]
+                await self._write(artifact, {"metadata": {"finalizers": finalizers}})
+                return 0
+            case RemoveFinalizer(event):
+                await self._post(artifact, event, now)
+                finalizers = [name for name in artifact.metadata.finalizers if name != names.FINALIZER]
+                await self._write(artifact, {"metadata": {"finalizers": finalizers}})
+                self._forget(artifact)
+                self._release(artifact.key)
+                return None
+            case Record(status, event, seconds, forget):
+                await self._write_status(artifact, status.to_wire())
+                if forget:
+                    self._forget(artifact)
+                await self._post(artifact, event, now)
+                return seconds
+            case Start(status, operation):
+                # The place was found free in this very turn of the event loop: take it before anything else runs.
+                self._running[artifact.key] = self._demand(artifact)
+                self._waiting.pop(artifact.key, None)
+                self._forget(artifact)
+                await self._write_status(artifact, status.to_wire())
+                assert status.mover is not None
+                await self._executor.start(status.mover.name, artifact, operation, now)
+                return None
+            case Stop(reason):
+                assert artifact.status.mover is not None
+                self._executor.stop(artifact.status.mover.name, reason)
+                return None
+
+    def _observe(self, artifact: CheckpointArtifact) -> Observed:
+        """Gather what a decision depends on; reads caches only, so that nothing changes between look and decision."""
+        key, status = artifact.key, artifact.status
+        mover = self._executor.state(status.mover.name if status.mover else None, artifact.metadata.uid)
+        demand = self._demand(artifact)
+        if not isinstance(mover, RunningMover):
+            self._release(key)
+        why = blocked(demand, self._running.values(), self._waiting.values(), self._limits)
+        wants_place = not _is_settled(self.cache.get(key) or {}) and not isinstance(mover, RunningMover | FinishedMover)
+        if why and wants_place and not artifact.spec.suspend:
+            self._waiting[key] = demand
+        else:
+            self._waiting.pop(key, None)
+        other = self.cache.also_stored_by(key, status.storage_uri) if status.storage_uri else None
+        return Observed(
+            artifact=artifact,
+            mover=mover,
+            kind=self._executor.kind,
+            blocked=why,
+            refusal=self._executor.refuse(artifact),
+            also_stored_by="/".join(other) if other else None,
+        )
+
+    def _demand(self, artifact: CheckpointArtifact) -> Demand:
+        return Demand(artifact.key, self._executor.place(artifact), artifact.metadata.creation_timestamp)
+
+    def _release(self, key: Key) -> None:
+        """Give back a mover's place, and look at those who get it."""
+        self._waiting.pop(key, None)
+        if self._running.pop(key, None) is not None:
+            for demand in admit(self._running.values(), self._waiting.values(), self._limits):
+                self._queue.add(demand.key)
+
+    def _forget(self, artifact: CheckpointArtifact) -> None:
+        if artifact.status.mover:
+            self._executor.forget(artifact.status.mover.name)
+
+    async def _write(self, artifact: CheckpointArtifact, patch: JsonObject) -> None:
+        self.cache.put(await self._kube.patch(artifact, patch))
+
+    async def _write_status(self, artifact: CheckpointArtifact, status: JsonObject) -> None:
+        patch = merge_patch(artifact.status.to_wire(), status)
+        if patch:
+            self.cache.put(await self._kube.patch(artifact, {"status": patch}, status=True))
+
+    async def _post(self, artifact: CheckpointArtifact, event: Event | None, now: datetime) -> None:
+        """Events are for people: one that cannot be posted is logged, and stops nothing."""
+        if event is None:
+            return
+        _log.log(
+            logging.WARNING if event.warning else logging.INFO, "%s/%s: %s: %s", *artifact.key, event.reason, event.message
+        )
+        try:
+            await self._kube.post_event(artifact, event.reason, event.message, now, warning=event.warning)
+        except KubeError as error:
+            _log.warning("%s/%s: the event %s was not posted: %s", *artifact.key, event.reason, error)
+
+
+def _is_settled(body: JsonObject) -> bool:
+    """Whether a resync may pass this object by: it ended, for this generation, and nobody deletes it."""
+    metadata, status = body.get("metadata", {}), body.get("status", {})
+    return (
+        status.get("phase") in (Phase.READY, Phase.FAILED)
+        and status.get("observedGeneration") == metadata.get("generation")
+        and "deletionTimestamp" not in metadata
+        and metadata.get("annotations", {}).get(names.ANNOTATION_RETRY) == status.get("retryHandled")
+    )
+
+
+def merge_patch(old: JsonObject, new: JsonObject) -> JsonObject:
+    """The RFC 7386 merge patch that turns ``old`` into ``new``; empty if they are equal. Unknown fields stay untouched."""
+    patch: dict[str, Any] = {key: None for key in old if key not in new}
+    for key, value in new.items():
+        before = old.get(key)
+        if isinstance(value, dict) and isinstance(before, dict):
+            if inner := merge_patch(before, value):
+                patch[key] = inner
+        elif value != before:
+            patch[key] = value
+    return patch
+
+
+async def resync_forever(reconciler: Reconciler, namespaces: tuple[str, ...], seconds: float) -> None:
+    """Resync now and then; an API server that is away is tried again at the next turn."""
+    while True:
+        await asyncio.sleep(seconds)
+        try:
+            await reconciler.resync(namespaces)
+        except KubeError as error:
+            _log.warning("resync: %s", error)
