@@ -442,6 +442,9 @@ class ArtifactStatus(ApiModel):
     progress: ProgressStatus | None = Field(default=None, description="How far the transfer is.")
     attempts: int = Field(default=0, ge=0, description="Starts that count towards giving up.")
     launches: int = Field(default=0, ge=0, description="All starts of a mover; part of its name.")
+    clean_launches: int = Field(
+        default=0, ge=0, description="Starts that certainly wrote nothing; equal to launches: there is nothing to clean up."
+    )
     retries: int = Field(default=0, ge=0, description="Consecutive failures of any kind; the backoff grows with it.")
     mover: MoverStatus | None = Field(default=None, description="The mover that was started last.")
     start_time: datetime | None = Field(default=None, description="When the first mover was started.")

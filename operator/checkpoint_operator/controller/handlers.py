@@ -1,6 +1,7 @@
 """kopf's view of the operator: events become keys, settings become kopf's, nothing is decided here."""
 
 import logging
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,6 +26,9 @@ def register(registry: kopf.OperatorRegistry, reconciler: Reconciler) -> None:
 
     @kopf.on.login(registry=registry)
     def login(**kwargs: Any) -> kopf.ConnectionInfo | None:
+        # As kube.connect() chooses: both must talk to one cluster.
+        if os.environ.get("KUBECONFIG"):
+            return kopf.login_with_kubeconfig(**kwargs)
         return kopf.login_with_service_account(**kwargs) or kopf.login_with_kubeconfig(**kwargs)
 
     @kopf.on.event(names.GROUP, names.VERSION, names.PLURAL, registry=registry)
@@ -51,6 +55,8 @@ def settings() -> kopf.OperatorSettings:
 
 
 def quiet() -> None:
-    """kopf and aiohttp log a line for each event and request at INFO."""
+    """kopf and aiohttp log a line for each event and request at INFO, and the Kubernetes client whole objects at DEBUG."""
     for name in ("kopf.objects", "kopf._core.engines.activities", "aiohttp.access"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    for name in ("kopf", "kubernetes", "asyncio"):
+        logging.getLogger(name).setLevel(max(logging.INFO, logging.getLogger().level))

@@ -54,6 +54,7 @@ class _Child:
     """What is known of one mover process."""
 
     key: tuple[str, str]
+    uid: str
     moved_at: datetime
     process: asyncio.subprocess.Process | None = None
     progress: Progress | None = None
@@ -89,10 +90,11 @@ class InlineExecutor:
         return chosen if isinstance(chosen, Failure) else None
 
     def place(self, artifact: CheckpointArtifact) -> str:
-        target = artifact.spec.target
-        claim = target.persistent_volume_claim.claim_name if target.persistent_volume_claim else ""
-        where = f"{artifact.metadata.namespace}/{claim}" if claim else target.endpoint or ""
-        return f"{where}|{target.uri.removesuffix('/')}"
+        uri, chosen = artifact.spec.target.uri.removesuffix("/"), self._choose(artifact)
+        if isinstance(chosen, Failure):
+            return f"{artifact.metadata.uid}|{uri}"  # it will not run
+        _, target, directory = chosen
+        return f"{directory or target.endpoint or ''}|{uri}"
 
     def state(self, name: str | None, uid: str) -> MoverState:
         child = self._children.get(name) if name else None
@@ -105,7 +107,7 @@ class InlineExecutor:
     async def start(self, name: str, artifact: CheckpointArtifact, operation: Operation, now: datetime) -> None:
         if name in self._children:
             return
-        child = self._children[name] = _Child(artifact.key, now)
+        child = self._children[name] = _Child(artifact.key, artifact.metadata.uid, now)
         try:
             plan = self._plan(artifact, operation)
             text = plan.model_dump_json(by_alias=True, exclude_none=True)
@@ -143,6 +145,12 @@ class InlineExecutor:
         child.stopping = reason
         self._signal(child, signal.SIGTERM)
         asyncio.get_running_loop().call_later(KILL_AFTER, self._signal, child, signal.SIGKILL)
+
+    def stop_others(self, key: tuple[str, str], uid: str | None) -> None:
+        for name, child in list(self._children.items()):
+            if child.key == key and child.uid != uid:
+                self.stop(name, StopReason.DELETED)
+                self.forget(name)
 
     def forget(self, name: str) -> None:
         child = self._children.get(name)

@@ -20,6 +20,7 @@ PAGE = 500
 """Objects in one page of a list: bounds the memory of a resync of ten thousand artifacts."""
 NOTE_MAX = 1024
 """The API's own limit of an event's note."""
+FIELD_MANAGER = "checkpoint-operator"
 _MERGE_PATCH = "application/merge-patch+json"
 
 Answer = TypeVar("Answer")
@@ -92,6 +93,7 @@ class Kube:
                 names.PLURAL,
                 artifact.metadata.name,
                 guarded,
+                field_manager=FIELD_MANAGER,
                 _content_type=_MERGE_PATCH,
                 _request_timeout=TIMEOUT,
             )
@@ -105,7 +107,7 @@ class Kube:
         body = {
             "apiVersion": "events.k8s.io/v1",
             "kind": "Event",
-            "metadata": {"generateName": f"{metadata.name[:48]}.", "namespace": metadata.namespace},
+            "metadata": {"generateName": f"{metadata.name[:48].rstrip('.')}-", "namespace": metadata.namespace},
             "regarding": {
                 "apiVersion": names.API_VERSION,
                 "kind": names.KIND,

@@ -264,7 +264,7 @@ def _plan_start(seen: Observed, now: datetime) -> Decision:
     if artifact.spec.suspend:
         return _hold_back(seen, Phase.SUSPENDED, "Suspended", "spec.suspend is true", None, now)
     if seen.refusal:
-        status = say.failed(artifact, seen.refusal, now, counts=False)
+        status = say.failed(artifact, seen.refusal, now, counts=False, ran=False)
         return Record(status, Event(seen.refusal.reason, seen.refusal.message, warning=True))
     if (retry_at := artifact.status.next_retry_time) and artifact.status.phase == Phase.WAITING and retry_at > now:
         return Wait((retry_at - now).total_seconds())
@@ -305,7 +305,7 @@ def _plan_deletion(seen: Observed, policy: Policy, now: datetime) -> Decision:
         return RemoveFinalizer(Event("DataAbandoned", "the data was left where it is, as the annotation asks", warning=True))
     if kept := _why_keep(seen):
         return RemoveFinalizer(Event("DataKept", kept))
-    if artifact.status.launches == 0:
+    if artifact.status.launches == artifact.status.clean_launches:
         return RemoveFinalizer()
     match seen.mover:
         case FinishedMover(result=result) as mover if not uploading:

@@ -164,6 +164,7 @@ class Reconciler:
         """Take steps until there is nothing to do now; seconds until the next look, or None."""
         for _ in range(MAX_STEPS):
             body = self.cache.get(key)
+            self._executor.stop_others(key, body["metadata"]["uid"] if body else None)
             if body is None:
                 self._release(key)
                 return None

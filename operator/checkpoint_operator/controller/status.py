@@ -167,6 +167,7 @@ def waiting(
     if failure.reason in _SOURCE_REASONS:
         changes.append((ConditionType.SOURCE_READY, False, failure.reason, failure.message))
     return _base(artifact, Phase.WAITING).replace(
+        clean_launches=artifact.status.clean_launches + (0 if failure.wrote else 1),
         attempts=artifact.status.attempts + (1 if counts else 0),
         retries=artifact.status.retries + 1,
         next_retry_time=retry_at,
@@ -175,8 +176,10 @@ def waiting(
     )
 
 
-def failed(artifact: CheckpointArtifact, failure: Failure, now: datetime, *, counts: bool = True) -> ArtifactStatus:
-    """The operator gives up until a human changes something."""
+def failed(
+    artifact: CheckpointArtifact, failure: Failure, now: datetime, *, counts: bool = True, ran: bool = True
+) -> ArtifactStatus:
+    """The operator gives up until a human changes something. ``ran``: a mover said so, and not the configuration."""
     changes: list[tuple[ConditionType, bool | None, str, str]] = [
         (ConditionType.READY, False, failure.reason, failure.message),
         (ConditionType.STALLED, True, failure.reason, failure.message),
@@ -184,6 +187,7 @@ def failed(artifact: CheckpointArtifact, failure: Failure, now: datetime, *, cou
     if failure.reason in _SOURCE_REASONS:
         changes.append((ConditionType.SOURCE_READY, False, failure.reason, failure.message))
     return _base(artifact, Phase.FAILED).replace(
+        clean_launches=artifact.status.clean_launches + (0 if failure.wrote or not ran else 1),
         attempts=artifact.status.attempts + (1 if counts else 0),
         retries=artifact.status.retries + 1,
         next_retry_time=None,

@@ -1,0 +1,529 @@
+"""Every branch of the plan, each as a sentence: what is there, and the one thing that is done about it."""
+
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+
+from checkpoint_operator.api import names
+from checkpoint_operator.api.artifact import CheckpointArtifact, parse_artifact
+from checkpoint_operator.api.conditions import ConditionType, find_condition
+from checkpoint_operator.api.errors import Reason
+from checkpoint_operator.api.protocol import Failure, Operation, Progress, Result, Stage, Stored
+from checkpoint_operator.controller.executor import (
+    EarlierMover,
+    FinishedMover,
+    MoverState,
+    NoMover,
+    RunningMover,
+    StopReason,
+)
+from checkpoint_operator.controller.plan import (
+    LOOK_AGAIN,
+    AddFinalizer,
+    Decision,
+    Observed,
+    Policy,
+    Record,
+    RemoveFinalizer,
+    Start,
+    Stop,
+    Wait,
+    backoff,
+    plan,
+)
+
+NOW = datetime(2026, 11, 24, 12, 0, 0, tzinfo=UTC)
+POLICY = Policy(max_attempts=3, backoff=10, backoff_max=600, progress_every=5, no_progress=900)
+UID = "11111111-2222-3333-4444-555555555555"
+STORED = Stored(
+    storage_uri="s3://bucket/c",
+    size_bytes=2048,
+    file_count=2,
+    manifest_digest="sha256:m",
+    content_digest="sha256:c",
+    data_owner=True,
+)
+
+
+def ago(seconds: float) -> datetime:
+    return NOW - timedelta(seconds=seconds)
+
+
+def wire(moment: datetime) -> str:
+    return moment.isoformat().replace("+00:00", "Z")
+
+
+def artifact(
+    status: dict[str, Any] | None = None,
+    spec: dict[str, Any] | None = None,
+    *,
+    finalizer: bool = True,
+    deleted: bool = False,
+    generation: int = 1,
+    annotations: dict[str, str] | None = None,
+) -> CheckpointArtifact:
+    return parse_artifact(
+        {
+            "metadata": {
+                "name": "c",
+                "namespace": "ns",
+                "uid": UID,
+                "resourceVersion": "1",
+                "generation": generation,
+                "creationTimestamp": wire(ago(3600)),
+                "finalizers": [names.FINALIZER] if finalizer else [],
+                "annotations": annotations or {},
+                **({"deletionTimestamp": wire(ago(1))} if deleted else {}),
+            },
+            "spec": {
+                "source": {"persistentVolumeClaim": {"claimName": "v"}, "path": "c"},
+                "target": {"uri": "s3://bucket/c"},
+                **(spec or {}),
+            },
+            "status": {"observedGeneration": 1, **(status or {})},
+        }
+    )
+
+
+def launched(phase: str = "Uploading", operation: str = "Upload", **more: Any) -> dict[str, Any]:
+    mover = {"kind": "Inline", "name": f"ckpt-{UID}-1", "operation": operation}
+    return {"phase": phase, "launches": 1, "mover": mover, "startTime": wire(ago(60)), **more}
+
+
+def ended(reason: Reason, message: str = "why", *, wrote: bool = True) -> FinishedMover:
+    return FinishedMover(1, Result(failure=Failure(reason=reason, message=message, wrote=wrote)))
+
+
+def running(progress: Progress | None = None, moved: float = 1, stopping: StopReason | None = None) -> RunningMover:
+    return RunningMover(progress, ago(moved), stopping)
+
+
+DONE = FinishedMover(0, Result(stored=STORED))
+HALF = Progress(bytes_done=1024, bytes_total=2048, files_done=1, files_total=2)
+READY = launched("Ready", storageURI="s3://bucket/c", dataOwner=True)
+NOT_SERVED = Failure(reason=Reason.CLAIM_NOT_SERVED, message="not listed")
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is there, the class of the decision, and facts about it (attribute path → value)."""
+
+    artifact: CheckpointArtifact
+    expect: type[Any]
+    mover: MoverState = NoMover()  # noqa: RUF009 - a frozen value
+    blocked: str | None = None
+    refusal: Failure | None = None
+    also_stored_by: str | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+CASES: dict[str, Case] = {
+    # Nothing is running.
+    "a new artifact gets the finalizer before anything else": Case(artifact(finalizer=False), AddFinalizer),
+    "a new artifact with the finalizer starts a mover": Case(
+        artifact(),
+        Start,
+        facts={
+            "operation": Operation.UPLOAD,
+            "status.phase": "Uploading",
+            "status.launches": 1,
+            "status.attempts": 0,
+            "status.mover.name": f"ckpt-{UID}-1",
+            "status.start_time": NOW,
+            "status.progress.display": "0%",
+        },
+    ),
+    "a suspended artifact says so, once": Case(
+        artifact(spec={"suspend": True}), Record, facts={"status.phase": "Suspended", "seconds": None}
+    ),
+    "a suspended artifact that has said so is left alone": Case(
+        artifact(
+            {
+                "phase": "Suspended",
+                "summary": {},
+                "conditions": [
+                    {
+                        "type": "Ready",
+                        "status": "False",
+                        "reason": "Suspended",
+                        "message": "spec.suspend is true",
+                        "observedGeneration": 1,
+                        "lastTransitionTime": wire(ago(60)),
+                    }
+                ],
+            },
+            {"suspend": True},
+        ),
+        Wait,
+        facts={"seconds": None},
+    ),
+    "an artifact that the configuration does not allow fails at once, with the reason": Case(
+        artifact(),
+        Record,
+        refusal=NOT_SERVED,
+        facts={
+            "status.phase": "Failed",
+            "status.failure.reason": "ClaimNotServed",
+            "status.failure.retryable": False,
+            "status.attempts": 0,
+            "event.warning": True,
+        },
+    ),
+    "an artifact for which no mover is free is Queued, and says why": Case(
+        artifact(), Record, blocked="8 movers are running", facts={"status.phase": "Queued", "seconds": LOOK_AGAIN}
+    ),
+    "a failed try is not repeated before its time": Case(
+        artifact(launched("Waiting", nextRetryTime=wire(NOW + timedelta(seconds=7)))), Wait, facts={"seconds": 7}
+    ),
+    "a failed try is repeated when its time has come": Case(
+        artifact(launched("Waiting", nextRetryTime=wire(NOW), attempts=1)),
+        Start,
+        facts={"status.launches": 2, "status.attempts": 1, "status.mover.name": f"ckpt-{UID}-2"},
+    ),
+    "a mover that is gone without a word (an operator restarted) is started again, and no attempt is counted": Case(
+        artifact(launched()), Start, facts={"status.launches": 2, "status.attempts": 0, "status.start_time": ago(60)}
+    ),
+    "a mover of an earlier operator is waited for": Case(
+        artifact(launched()), Record, mover=EarlierMover(), facts={"status.phase": "Waiting", "seconds": 2}
+    ),
+    # A mover is running.
+    "progress is written when the last was long enough ago": Case(
+        artifact(launched(progress={"display": "0%", "lastUpdateTime": wire(ago(5))})),
+        Record,
+        mover=running(HALF),
+        facts={
+            "status.phase": "Uploading",
+            "status.progress.display": "50%",
+            "status.size": "2Ki",
+            "status.progress.last_update_time": NOW,
+            "event": None,
+        },
+    ),
+    "progress is not written more often than every five seconds": Case(
+        artifact(launched(progress={"display": "0%", "lastUpdateTime": wire(ago(3))})),
+        Wait,
+        mover=running(HALF),
+        facts={"seconds": 2},
+    ),
+    "progress that was written already is not written again": Case(
+        artifact(
+            launched(progress={"bytesDone": 1024, "bytesTotal": 2048, "filesDone": 1, "lastUpdateTime": wire(ago(50))})
+        ),
+        Wait,
+        mover=running(HALF),
+        facts={"seconds": LOOK_AGAIN},
+    ),
+    "a mover that verifies is shown as Verifying": Case(
+        artifact(launched(progress={"display": "0%", "lastUpdateTime": wire(ago(9))})),
+        Record,
+        mover=running(HALF.replace(stage=Stage.VERIFYING)),
+        facts={"status.phase": "Verifying"},
+    ),
+    "a mover that has said nothing yet is left alone": Case(artifact(launched()), Wait, mover=running()),
+    "a mover that moves nothing for too long is stopped": Case(
+        artifact(launched()), Stop, mover=running(HALF, moved=900), facts={"reason": StopReason.NO_PROGRESS}
+    ),
+    "a mover of an artifact that is suspended is stopped": Case(
+        artifact(launched(), {"suspend": True}), Stop, mover=running(HALF), facts={"reason": StopReason.SUSPENDED}
+    ),
+    "a mover that was asked to stop is not asked again": Case(
+        artifact(launched(), {"suspend": True}), Wait, mover=running(stopping=StopReason.SUSPENDED)
+    ),
+    # A mover has ended.
+    "a committed checkpoint makes the artifact Ready": Case(
+        artifact(launched(failure={"code": "x", "reason": "x", "message": "x", "retryable": True}, retries=3)),
+        Record,
+        mover=DONE,
+        facts={
+            "status.phase": "Ready",
+            "status.storage_uri": "s3://bucket/c",
+            "status.size": "2Ki",
+            "status.file_count": 2,
+            "status.manifest_digest": "sha256:m",
+            "status.content_digest": "sha256:c",
+            "status.data_owner": True,
+            "status.failure": None,
+            "status.retries": 0,
+            "status.attempts": 1,
+            "status.progress.display": "100%",
+            "status.completion_time": NOW,
+            "event.reason": "Committed",
+            "forget": True,
+        },
+    ),
+    "content that another artifact has stored makes the artifact Ready without owning it": Case(
+        artifact(launched()),
+        Record,
+        mover=FinishedMover(0, Result(stored=STORED.replace(data_owner=False))),
+        facts={"status.phase": "Ready", "status.data_owner": False},
+    ),
+    "a wrong key fails at once": Case(
+        artifact(launched()),
+        Record,
+        mover=ended(Reason.CREDENTIALS_REFUSED),
+        facts={"status.phase": "Failed", "status.failure.code": "RLHF058", "event.warning": True, "forget": True},
+    ),
+    "a source that changed is tried again, and counted": Case(
+        artifact(launched()),
+        Record,
+        mover=ended(Reason.SOURCE_CHANGED),
+        facts={
+            "status.phase": "Waiting",
+            "status.attempts": 1,
+            "status.retries": 1,
+            "status.failure.retryable": True,
+            "seconds": backoff(UID, 1, POLICY),
+            "event.reason": "SourceChanged",
+        },
+    ),
+    "a source that keeps changing fails after the last attempt": Case(
+        artifact(launched(attempts=2)),
+        Record,
+        mover=ended(Reason.SOURCE_CHANGED),
+        facts={"status.phase": "Failed", "status.attempts": 3, "status.failure.message": "why (gave up after 3 attempts)"},
+    ),
+    "an outage of the store is waited out, however often it was met, and counts no attempt": Case(
+        artifact(launched(attempts=2, retries=400)),
+        Record,
+        mover=ended(Reason.STORE_UNAVAILABLE),
+        facts={"status.phase": "Waiting", "status.attempts": 2, "status.retries": 401},
+    ),
+    "the same outage again makes no second event": Case(
+        artifact(
+            launched(failure={"code": "RLHF059", "reason": "StoreUnavailable", "message": "x", "retryable": True}, retries=1)
+        ),
+        Record,
+        mover=ended(Reason.STORE_UNAVAILABLE),
+        facts={"status.phase": "Waiting", "event": None},
+    ),
+    "a source that is not ready is waited for, and counts no attempt": Case(
+        artifact(launched()),
+        Record,
+        mover=ended(Reason.NOT_READY),
+        facts={"status.phase": "Waiting", "status.attempts": 0},
+    ),
+    "a source that is not ready in time fails": Case(
+        artifact(launched(startTime=wire(ago(1800)))),
+        Record,
+        mover=ended(Reason.NOT_READY),
+        facts={"status.phase": "Failed", "status.failure.reason": "NotReady"},
+    ),
+    "a mover that was killed is tried again, and counted": Case(
+        artifact(launched()),
+        Record,
+        mover=FinishedMover(-9, None),
+        facts={
+            "status.phase": "Waiting",
+            "status.failure.reason": "MoverKilled",
+            "status.failure.message": "the mover ended without a result (signal 9)",
+            "status.attempts": 1,
+        },
+    ),
+    "a mover whose result was lost is judged by its exit code": Case(
+        artifact(launched()),
+        Record,
+        mover=FinishedMover(21, None),
+        facts={"status.failure.reason": "StoreUnavailable", "status.attempts": 0},
+    ),
+    "a mover that was stopped for standing still is tried again, and counted": Case(
+        artifact(launched()),
+        Record,
+        mover=FinishedMover(143, None, StopReason.NO_PROGRESS),
+        facts={"status.phase": "Waiting", "status.failure.reason": "NoProgress", "status.attempts": 1},
+    ),
+    "a mover that was stopped for a suspension is no failure": Case(
+        artifact(launched(), {"suspend": True}),
+        Record,
+        mover=FinishedMover(143, None, StopReason.SUSPENDED),
+        facts={"status.phase": "Pending", "status.attempts": 0, "status.failure": None, "seconds": 0, "forget": True},
+    ),
+    "a mover that committed although it was asked to stop has committed": Case(
+        artifact(launched(), {"suspend": True}),
+        Record,
+        mover=FinishedMover(0, Result(stored=STORED), StopReason.SUSPENDED),
+        facts={"status.phase": "Ready"},
+    ),
+    "a try that certainly wrote nothing is remembered as such": Case(
+        artifact(launched()), Record, mover=ended(Reason.CREDENTIALS_REFUSED, wrote=False), facts={"status.clean_launches": 1}
+    ),
+    # It has ended for good.
+    "a Ready artifact is left alone": Case(artifact(READY), Wait, facts={"seconds": None}),
+    "a Ready artifact that got new tags has its generation noted, and nothing else": Case(
+        artifact(READY, generation=2), Record, facts={"status.phase": "Ready", "status.observed_generation": 2, "event": None}
+    ),
+    "a result that was recorded before a crash is forgotten now": Case(
+        artifact(READY), Record, mover=DONE, facts={"forget": True}
+    ),
+    "a Ready artifact does not mind being suspended": Case(artifact(READY, {"suspend": True}), Wait),
+    "a Failed artifact is left alone": Case(artifact(launched("Failed")), Wait, facts={"seconds": None}),
+    "a Failed artifact is tried again when the annotation asks": Case(
+        artifact(launched("Failed", attempts=3), annotations={names.ANNOTATION_RETRY: "1"}),
+        Record,
+        facts={"status.phase": "Pending", "status.attempts": 0, "status.retry_handled": "1", "seconds": 0},
+    ),
+    "the same annotation does not ask twice": Case(
+        artifact(launched("Failed", retryHandled="1"), annotations={names.ANNOTATION_RETRY: "1"}), Wait
+    ),
+    "a Failed artifact is tried again when its spec was changed": Case(
+        artifact(launched("Failed", attempts=3), generation=2), Record, facts={"status.attempts": 0, "seconds": 0}
+    ),
+    # It is being deleted.
+    "an object without our finalizer is not ours to hold": Case(artifact(deleted=True, finalizer=False), Wait),
+    "an artifact that never started a mover just goes": Case(artifact(deleted=True), RemoveFinalizer, facts={"event": None}),
+    "an artifact all of whose movers wrote nothing just goes": Case(
+        artifact(launched("Failed", cleanLaunches=1), deleted=True), RemoveFinalizer, facts={"event": None}
+    ),
+    "a running upload is stopped first": Case(
+        artifact(launched(), deleted=True), Stop, mover=running(HALF), facts={"reason": StopReason.DELETED}
+    ),
+    "an upload that is stopping is waited for": Case(
+        artifact(launched(), deleted=True), Wait, mover=running(stopping=StopReason.DELETED)
+    ),
+    "an upload that has ended is recorded before the deletion starts": Case(
+        artifact(launched(), deleted=True),
+        Record,
+        mover=FinishedMover(143, None, StopReason.DELETED),
+        facts={"status.phase": "Deleting", "forget": True, "seconds": 0},
+    ),
+    "a mover of an earlier operator is waited for before anything is removed": Case(
+        artifact(launched(), deleted=True), Record, mover=EarlierMover(), facts={"status.phase": "Deleting", "seconds": 2}
+    ),
+    "committed data is kept under Retain": Case(
+        artifact(READY, deleted=True), RemoveFinalizer, facts={"event.reason": "DataKept"}
+    ),
+    "committed data is removed under Delete": Case(
+        artifact(READY, {"deletionPolicy": "Delete"}, deleted=True),
+        Start,
+        facts={"operation": Operation.DELETE, "status.phase": "Deleting", "status.launches": 2},
+    ),
+    "data that another artifact has stored is not removed": Case(
+        artifact({**READY, "dataOwner": False}, {"deletionPolicy": "Delete"}, deleted=True),
+        RemoveFinalizer,
+        facts={"event.reason": "DataKept"},
+    ),
+    "data that another Ready artifact names is not removed": Case(
+        artifact(READY, {"deletionPolicy": "Delete"}, deleted=True),
+        RemoveFinalizer,
+        also_stored_by="ns/other",
+        facts={"event.message": "s3://bucket/c was kept: ns/other names it too"},
+    ),
+    "data that was never committed is cleaned up under Retain as well": Case(
+        artifact(launched("Waiting"), deleted=True), Start, facts={"operation": Operation.DELETE}
+    ),
+    "the backoff of the upload does not hold up the deletion": Case(
+        artifact(launched("Waiting", nextRetryTime=wire(NOW + timedelta(hours=1))), deleted=True), Start
+    ),
+    "a suspended artifact can be deleted": Case(
+        artifact(launched("Suspended"), {"suspend": True}, deleted=True), Start, facts={"operation": Operation.DELETE}
+    ),
+    "a running deletion is left alone": Case(
+        artifact(launched("Deleting", "Delete"), deleted=True), Wait, mover=running(), facts={"seconds": 899}
+    ),
+    "a deletion that stands still is stopped": Case(
+        artifact(launched("Deleting", "Delete"), deleted=True),
+        Stop,
+        mover=running(moved=900),
+        facts={"reason": StopReason.NO_PROGRESS},
+    ),
+    "a deletion that is done lets the object go, and says what it did": Case(
+        artifact(launched("Deleting", "Delete"), deleted=True),
+        RemoveFinalizer,
+        mover=FinishedMover(0, Result(deleted="nothing is left there")),
+        facts={"event.reason": "DataRemoved", "event.message": "nothing is left there"},
+    ),
+    "a deletion that failed is tried again, whatever the class of the failure, and names the way out": Case(
+        artifact(launched("Deleting", "Delete"), deleted=True),
+        Record,
+        mover=ended(Reason.CREDENTIALS_REFUSED),
+        facts={
+            "status.phase": "Deleting",
+            "status.retries": 1,
+            "status.next_retry_time": NOW + timedelta(seconds=backoff(UID, 1, POLICY)),
+            "event.message": f"why; to delete the object and leave the data, annotate it with {names.ANNOTATION_ABANDON_DATA}"
+            "=true",
+        },
+    ),
+    "a deletion that failed is not repeated before its time": Case(
+        artifact(launched("Deleting", "Delete", nextRetryTime=wire(NOW + timedelta(seconds=9))), deleted=True),
+        Wait,
+        facts={"seconds": 9},
+    ),
+    "a deletion waits for a free mover": Case(
+        artifact(launched("Waiting"), deleted=True), Record, blocked="8 movers", facts={"status.phase": "Deleting"}
+    ),
+    "a deletion that the configuration does not allow says so and is looked at again": Case(
+        artifact(launched("Waiting"), deleted=True),
+        Record,
+        refusal=NOT_SERVED,
+        facts={"status.phase": "Deleting", "status.failure.reason": "ClaimNotServed", "seconds": 60, "event.warning": True},
+    ),
+    "abandoned data lets the object go at once": Case(
+        artifact(launched("Deleting"), deleted=True, annotations={names.ANNOTATION_ABANDON_DATA: "true"}),
+        RemoveFinalizer,
+        facts={"event.reason": "DataAbandoned"},
+    ),
+    "abandoned data stops a running deletion first": Case(
+        artifact(launched("Deleting", "Delete"), deleted=True, annotations={names.ANNOTATION_ABANDON_DATA: "true"}),
+        Stop,
+        mover=running(),
+    ),
+}
+
+
+def decide(case: Case) -> Decision:
+    seen = Observed(case.artifact, case.mover, "Inline", case.blocked, case.refusal, case.also_stored_by)
+    return plan(seen, POLICY, NOW)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_plan(case: Case) -> None:
+    decision = decide(case)
+    assert isinstance(decision, case.expect), decision
+    for path, expected in case.facts.items():
+        value: Any = decision
+        for part in path.split("."):
+            value = getattr(value, part)
+        assert value == expected, path
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_the_same_look_gives_the_same_decision(case: Case) -> None:
+    assert decide(case) == decide(case)
+
+
+def test_phase_ready_condition_and_failure_never_contradict_each_other() -> None:
+    for name, case in CASES.items():
+        decision = decide(case)
+        if isinstance(decision, Record | Start):
+            ready = find_condition(decision.status.conditions, ConditionType.READY)
+            stalled = find_condition(decision.status.conditions, ConditionType.STALLED)
+            if case.artifact.status.phase != "Ready":  # those cases were given no conditions
+                assert (ready is not None and ready.status == "True") == (decision.status.phase == "Ready"), name
+            assert (stalled is not None and stalled.status == "True") == (decision.status.phase == "Failed"), name
+            assert decision.status.phase != "Ready" or decision.status.failure is None, name
+
+
+def test_a_transition_time_moves_only_when_the_status_of_its_condition_does() -> None:
+    first = decide(CASES["a source that changed is tried again, and counted"])
+    assert isinstance(first, Record)
+    later = Observed(
+        artifact().replace(status=first.status), FinishedMover(0, Result(stored=STORED)), "Inline", None, None, None
+    )
+    second = plan(later, POLICY, NOW + timedelta(minutes=1))
+    assert isinstance(second, Record)
+    before = find_condition(first.status.conditions, ConditionType.READY)
+    after = find_condition(second.status.conditions, ConditionType.READY)
+    assert before is not None
+    assert after is not None
+    assert (before.status, before.last_transition_time) == ("False", NOW)
+    assert (after.status, after.last_transition_time) == ("True", NOW + timedelta(minutes=1))
+
+
+def test_the_backoff_doubles_up_to_its_limit_and_is_spread_but_never_longer() -> None:
+    delays = [backoff(UID, failures, POLICY) for failures in range(1, 40)]
+    for failures, delay in enumerate(delays, 1):
+        full = min(10 * 2 ** (failures - 1), 600)
+        assert 0.8 * full <= delay <= full
+    assert len({backoff(f"{number}", 1, POLICY) for number in range(50)}) > 20
