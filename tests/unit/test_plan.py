@@ -346,12 +346,17 @@ CASES: dict[str, Case] = {
         facts={"status.phase": "Ready"},
     ),
     "a try that certainly wrote nothing is remembered as such": Case(
-        artifact(launched()), Record, mover=ended(Reason.CREDENTIALS_REFUSED, wrote=False), facts={"status.clean_launches": 1}
+        artifact(launched()),
+        Record,
+        mover=ended(Reason.CREDENTIALS_REFUSED, wrote=False),
+        facts={"status.clean_launches": 1},
     ),
     # It has ended for good.
     "a Ready artifact is left alone": Case(artifact(READY), Wait, facts={"seconds": None}),
     "a Ready artifact that got new tags has its generation noted, and nothing else": Case(
-        artifact(READY, generation=2), Record, facts={"status.phase": "Ready", "status.observed_generation": 2, "event": None}
+        artifact(READY, generation=2),
+        Record,
+        facts={"status.phase": "Ready", "status.observed_generation": 2, "event": None},
     ),
     "a result that was recorded before a crash is forgotten now": Case(
         artifact(READY), Record, mover=DONE, facts={"forget": True}
@@ -441,8 +446,8 @@ CASES: dict[str, Case] = {
             "status.phase": "Deleting",
             "status.retries": 1,
             "status.next_retry_time": NOW + timedelta(seconds=backoff(UID, 1, POLICY)),
-            "event.message": f"why; to delete the object and leave the data, annotate it with {names.ANNOTATION_ABANDON_DATA}"
-            "=true",
+            "event.message": "why; to delete the object and leave the data, annotate it with "
+            f"{names.ANNOTATION_ABANDON_DATA}=true",
         },
     ),
     "a deletion that failed is not repeated before its time": Case(

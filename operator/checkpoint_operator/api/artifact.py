@@ -142,8 +142,10 @@ class ArtifactTarget(ApiModel):
             ),
             _rule(
                 "!self.matches('^(file|s3|gs|azure)://') || self.matches('^[^/]*//[^/]*@') || "
-                "self.matches('^(file://|(s3|azure)://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]|"
-                "gs://[a-z0-9][a-z0-9._-]{1,220}[a-z0-9])/')",
+                "self.matches('^(file://|s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]|"
+                "gs://[a-z0-9][a-z0-9._-]{1,220}[a-z0-9])/') || "
+                # RE2 has no look-ahead: no two hyphens in a row, and the length, are two patterns.
+                "self.matches('^azure://[a-z0-9](-?[a-z0-9])+/') && self.matches('^azure://[^/]{3,63}/')",
                 "must name a valid bucket or container; a file URI has three slashes: file:///path",
                 expression=(
                     '"spec.target.uri \'" + self + "\' must name a valid bucket or container '
@@ -220,11 +222,11 @@ class Resources(ApiModel):
 
 
 class Toleration(ApiModel):
-    key: Annotated[str, StringConstraints(max_length=317)] | None = None
-    operator: Literal["Exists", "Equal"] | None = None
-    value: Annotated[str, StringConstraints(max_length=63)] | None = None
-    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
-    toleration_seconds: int | None = None
+    key: Annotated[str, StringConstraints(max_length=317)] | None = Field(default=None, description="As in a pod.")
+    operator: Literal["Exists", "Equal"] | None = Field(default=None, description="As in a pod.")
+    value: Annotated[str, StringConstraints(max_length=63)] | None = Field(default=None, description="As in a pod.")
+    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = Field(default=None, description="As in a pod.")
+    toleration_seconds: int | None = Field(default=None, description="As in a pod.")
 
 
 class MoverOptions(ApiModel):
@@ -383,36 +385,36 @@ class Phase(StrEnum):
 class Summary(ApiModel):
     """The spec where it speaks, what was detected where it does not; columns and selectors use this."""
 
-    job_name: str | None = Field(default=None, max_length=256)
-    algorithm: str | None = Field(default=None, max_length=256)
-    base_model: str | None = Field(default=None, max_length=256)
-    peft_method: str | None = Field(default=None, max_length=256)
-    step: int | None = None
-    loss: str | None = Field(default=None, max_length=40)
+    job_name: str | None = Field(default=None, max_length=256, description="The training Job that wrote the checkpoint.")
+    algorithm: str | None = Field(default=None, max_length=256, description="What trained it.")
+    base_model: str | None = Field(default=None, max_length=256, description="The model that was trained.")
+    peft_method: str | None = Field(default=None, max_length=256, description="How it was fine-tuned.")
+    step: int | None = Field(default=None, description="Optimizer steps that were done.")
+    loss: str | None = Field(default=None, max_length=40, description="The last training loss, as a decimal string.")
 
 
 class ProgressStatus(ApiModel):
     display: str = Field(default="", max_length=32, description="For the Progress column.")
-    bytes_done: int = 0
-    bytes_total: int = 0
-    files_done: int = 0
-    files_total: int = 0
-    percent: int = Field(default=0, ge=0, le=100)
-    bytes_per_second: int = 0
-    last_update_time: datetime | None = None
+    bytes_done: int = Field(default=0, description="Bytes that the store has.")
+    bytes_total: int = Field(default=0, description="Bytes of all files.")
+    files_done: int = Field(default=0, description="Files that the store has.")
+    files_total: int = Field(default=0, description="Number of all files.")
+    percent: int = Field(default=0, ge=0, le=100, description="Of the bytes, rounded down.")
+    bytes_per_second: int = Field(default=0, description="Mean of the running transfer.")
+    last_update_time: datetime | None = Field(default=None, description="When the mover was asked last.")
 
 
 class MoverStatus(ApiModel):
     kind: Literal["Inline", "Job"] = Field(description="Which executor runs the mover.")
     name: str = Field(max_length=253, description="Its deterministic name.")
     operation: Literal["Upload", "Delete"] = Field(default="Upload", description="What it was started for.")
-    uid: str | None = Field(default=None, max_length=64)
+    uid: str | None = Field(default=None, max_length=64, description="The Job's uid, where it is one.")
 
 
 class FailureStatus(ApiModel):
     code: str = Field(max_length=16, description="Stable code, see docs/failures.md.")
-    reason: str = Field(max_length=128)
-    message: str = Field(max_length=1024)
+    reason: str = Field(max_length=128, description="Why, as one word for programs.")
+    message: str = Field(max_length=1024, description="Why, as a sentence for people, with the way out.")
     retryable: bool = Field(description="Whether the operator tries again by itself.")
 
 

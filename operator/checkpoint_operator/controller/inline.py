@@ -161,13 +161,18 @@ class InlineExecutor:
         """Stop every mover, and kill those that have not stopped after so many seconds."""
         for name in list(self._children):
             self.stop(name, StopReason.SHUTDOWN)
-        tasks = [child.task for child in self._children.values() if child.task]
-        if not tasks:
+        # The processes are waited for, not our tasks: kopf, at its end, cancels every task that it did not know before.
+        alive = {
+            asyncio.create_task(child.process.wait()): child
+            for child in self._children.values()
+            if child.process is not None and child.process.returncode is None
+        }
+        if not alive:
             return
-        _, late = await asyncio.wait(tasks, timeout=seconds)
+        _, late = await asyncio.wait(alive, timeout=seconds)
         if late:
-            for child in self._children.values():
-                self._signal(child, signal.SIGKILL)
+            for task in late:
+                self._signal(alive[task], signal.SIGKILL)
             await asyncio.wait(late)
 
     async def _follow(self, child: _Child) -> None:

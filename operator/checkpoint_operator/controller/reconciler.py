@@ -45,12 +45,15 @@ class ArtifactCache:
 
     _bodies: dict[Key, JsonObject] = field(default_factory=dict)
 
-    def put(self, body: JsonObject) -> Key:
-        """Keep the object unless a newer version is known. Versions are comparable since Kubernetes 1.35 (KEP-5504)."""
+    def put(self, body: JsonObject, *, live: bool = False) -> Key:
+        """Keep the object unless a newer version is known. Versions are comparable since Kubernetes 1.35 (KEP-5504).
+
+        ``live``: it was read just now after a conflict, and is believed even if it looks older (a restored etcd).
+        """
         metadata = body["metadata"]
         key = (metadata["namespace"], metadata["name"])
         known = self._bodies.get(key)
-        if known is None or known["metadata"]["uid"] != metadata["uid"] or _version(body) >= _version(known):
+        if live or known is None or _version(body) >= _version(known):
             self._bodies[key] = {**body, "metadata": {k: v for k, v in metadata.items() if k != "managedFields"}}
         return key
 
@@ -152,7 +155,7 @@ class Reconciler:
 
     async def _refresh(self, key: Key) -> None:
         try:
-            self.cache.put(await self._kube.get(*key))
+            self.cache.put(await self._kube.get(*key), live=True)
             self._queue.add(key)
         except NotFound:
             self.cache.remove(key)

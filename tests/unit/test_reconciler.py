@@ -1,0 +1,66 @@
+"""The small pure parts of the reconciler: the cache that never goes back in time, and minimal patches."""
+
+from typing import Any
+
+from checkpoint_operator.controller.reconciler import ArtifactCache, merge_patch
+
+
+def body(version: int, uid: str = "u", name: str = "a", **status: Any) -> dict[str, Any]:
+    metadata = {"namespace": "ns", "name": name, "uid": uid, "resourceVersion": str(version), "managedFields": ["big"]}
+    return {"metadata": metadata, "status": status}
+
+
+def version_of(cache: ArtifactCache) -> str:
+    found = cache.get(("ns", "a"))
+    assert found is not None
+    return str(found["metadata"]["resourceVersion"])
+
+
+def test_the_cache_keeps_the_newer_version_whichever_comes_last() -> None:
+    cache = ArtifactCache()
+    cache.put(body(9))
+    cache.put(body(10))
+    cache.put(body(9))
+    assert version_of(cache) == "10"
+
+
+def test_an_object_that_was_made_again_under_the_same_name_replaces_the_old_one() -> None:
+    cache = ArtifactCache()
+    cache.put(body(10))
+    cache.put(body(12, uid="other"))
+    cache.put(body(11))
+    assert version_of(cache) == "12"
+
+
+def test_what_was_read_live_is_believed_even_if_it_looks_older() -> None:
+    cache = ArtifactCache()
+    cache.put(body(10))
+    cache.put(body(5), live=True)
+    assert version_of(cache) == "5"
+
+
+def test_the_cache_does_not_keep_what_nobody_reads() -> None:
+    cache = ArtifactCache()
+    cache.put(body(1))
+    found = cache.get(("ns", "a"))
+    assert found is not None
+    assert "managedFields" not in found["metadata"]
+
+
+def test_only_a_ready_artifact_counts_as_naming_the_data() -> None:
+    cache = ArtifactCache()
+    cache.put(body(1, storageURI="s3://b/x", phase="Ready"))
+    cache.put(body(2, name="b", uid="v", storageURI="s3://b/x", phase="Deleting"))
+    assert cache.also_stored_by(("ns", "a"), "s3://b/x") is None
+    cache.put(body(3, name="c", uid="w", storageURI="s3://b/x", phase="Ready"))
+    assert cache.also_stored_by(("ns", "a"), "s3://b/x") == ("ns", "c")
+
+
+def test_a_patch_has_what_changed_and_null_for_what_is_gone() -> None:
+    old = {"a": 1, "b": {"c": 1, "d": 2}, "e": [1], "f": "gone"}
+    new = {"a": 1, "b": {"c": 1, "d": 3}, "e": [2], "g": "new"}
+    assert merge_patch(old, new) == {"b": {"d": 3}, "e": [2], "f": None, "g": "new"}
+
+
+def test_no_change_is_no_patch() -> None:
+    assert merge_patch({"a": {"b": [1]}}, {"a": {"b": [1]}}) == {}
