@@ -26,7 +26,7 @@ class _Dumper(yaml.SafeDumper):
 
 def crd() -> str:
     body = yaml.dump(custom_resource_definition(), Dumper=_Dumper, sort_keys=False, width=120, allow_unicode=True)
-    return f"# Generated from operator/checkpoint_operator/api/artifact.py by `make generate`: do not edit.\n{body}"
+    return f"# Generated from operator/checkpoint_operator/api/ by `make generate`: do not edit.\n{body}"
 
 
 def failures_table() -> str:

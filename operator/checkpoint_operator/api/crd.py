@@ -7,8 +7,9 @@ pydantic generates the JSON schema; what is left is to turn it into the *structu
 from typing import Any
 
 from checkpoint_operator.api import names
-from checkpoint_operator.api.artifact import ROOT_RULES, SPEC_RULES, ArtifactSpec, ArtifactStatus
 from checkpoint_operator.api.base import ApiModel, JsonObject
+from checkpoint_operator.api.spec import ROOT_RULES, SPEC_RULES, ArtifactSpec
+from checkpoint_operator.api.status import ArtifactStatus
 
 _COLUMNS: list[tuple[str, str, str, int, str]] = [
     ("Type", "string", ".spec.artifactType", 0, "What the files are"),

@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Literal
 
 from checkpoint_operator.api import names
-from checkpoint_operator.api.artifact import CheckpointArtifact, DeletionPolicy
+from checkpoint_operator.api.artifact import CheckpointArtifact
 from checkpoint_operator.api.errors import Reason
 from checkpoint_operator.api.protocol import Failure, Operation, Plan, Progress, Result, Source, TargetOptions, parse_line
+from checkpoint_operator.api.spec import DeletionPolicy
 from checkpoint_operator.api.uris import InvalidURI, Scheme, TargetURI
 from checkpoint_operator.controller.config import InlineClaim, InlineConfig, InlineTarget
 from checkpoint_operator.controller.executor import (

@@ -8,16 +8,11 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from checkpoint_operator.api import names
-from checkpoint_operator.api.artifact import (
-    ArtifactStatus,
-    CheckpointArtifact,
-    DeletionPolicy,
-    MoverStatus,
-    Phase,
-    Readiness,
-)
+from checkpoint_operator.api.artifact import CheckpointArtifact
 from checkpoint_operator.api.errors import Reason, Retry, reason_for_exit
 from checkpoint_operator.api.protocol import Failure, Operation, Progress
+from checkpoint_operator.api.spec import DeletionPolicy, Readiness
+from checkpoint_operator.api.status import ArtifactStatus, MoverStatus, Phase
 from checkpoint_operator.controller import status as say
 from checkpoint_operator.controller.executor import (
     EarlierMover,

@@ -14,8 +14,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from checkpoint_operator.api import names
-from checkpoint_operator.api.artifact import CheckpointArtifact, Phase, parse_artifact
+from checkpoint_operator.api.artifact import CheckpointArtifact, parse_artifact
 from checkpoint_operator.api.base import JsonObject
+from checkpoint_operator.api.status import Phase
 from checkpoint_operator.controller.executor import Executor, FinishedMover, RunningMover
 from checkpoint_operator.controller.kube import Conflict, Kube, KubeError, NotFound
 from checkpoint_operator.controller.plan import (

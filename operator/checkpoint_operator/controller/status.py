@@ -5,18 +5,12 @@ One function for each thing that can be said, so that phase, conditions and fail
 
 from datetime import datetime
 
-from checkpoint_operator.api.artifact import (
-    ArtifactStatus,
-    CheckpointArtifact,
-    FailureStatus,
-    MoverStatus,
-    Phase,
-    ProgressStatus,
-)
+from checkpoint_operator.api.artifact import CheckpointArtifact
 from checkpoint_operator.api.conditions import Condition, ConditionType, set_condition, truncate
 from checkpoint_operator.api.errors import FAILURES, Reason, Retry
 from checkpoint_operator.api.protocol import Failure, Progress, Stage, Stored
 from checkpoint_operator.api.quantities import format_bytes
+from checkpoint_operator.api.status import ArtifactStatus, FailureStatus, MoverStatus, Phase, ProgressStatus
 
 _SOURCE_REASONS = {
     Reason.NOT_READY,
