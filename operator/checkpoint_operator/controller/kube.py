@@ -34,6 +34,10 @@ class Conflict(KubeError):
     """The object is not what we thought: read it again."""
 
 
+class Forbidden(KubeError):
+    """Our service account may not do this."""
+
+
 class NotFound(KubeError):
     """There is no such object (any more)."""
 
@@ -57,8 +61,8 @@ class Kube:
                 if not token:
                     break
 
-    def _list(self, namespace: str | None, token: str | None) -> Awaitable[JsonObject]:
-        more: dict[str, Any] = {"limit": PAGE, "_request_timeout": TIMEOUT} | ({"_continue": token} if token else {})
+    def _list(self, namespace: str | None, token: str | None, limit: int = PAGE) -> Awaitable[JsonObject]:
+        more: dict[str, Any] = {"limit": limit, "_request_timeout": TIMEOUT} | ({"_continue": token} if token else {})
         if namespace is None:
             answer: Awaitable[JsonObject] = self._objects.list_cluster_custom_object(
                 names.GROUP, names.VERSION, names.PLURAL, **more
@@ -66,6 +70,15 @@ class Kube:
         else:
             answer = self._objects.list_namespaced_custom_object(names.GROUP, names.VERSION, namespace, names.PLURAL, **more)
         return answer
+
+    async def check_served(self, namespaces: tuple[str, ...]) -> None:
+        """One small request, to learn at the start what would else look like a hang.
+
+        Raises:
+            NotFound: the CRD is not installed. Forbidden: we lack the rights. KubeError: there is no API server.
+        """
+        for namespace in namespaces or (None,):
+            await self._ask(self._list(namespace, None, limit=1))
 
     async def get(self, namespace: str, name: str) -> JsonObject:
         """One artifact as it is now. Raises :class:`NotFound`."""
@@ -138,6 +151,8 @@ class Kube:
 def _refuse(error: ApiException) -> NoReturn:
     said = f"HTTP {error.status} {error.reason}: {str(error.body or '')[:500]}"
     match error.status:
+        case 401 | 403:
+            raise Forbidden(said) from error
         case 404:
             raise NotFound(said) from error
         case 409:
@@ -147,11 +162,18 @@ def _refuse(error: ApiException) -> NoReturn:
 
 @asynccontextmanager
 async def connect() -> AsyncIterator[Kube]:
-    """A client for the cluster that we run in, or that KUBECONFIG names."""
+    """A client for the cluster that we run in, or that KUBECONFIG names.
+
+    Raises:
+        KubeError: neither says where a cluster is.
+    """
     configuration = client.Configuration()
-    if os.environ.get("KUBERNETES_SERVICE_HOST") and not os.environ.get("KUBECONFIG"):
-        config.load_incluster_config(client_configuration=configuration)
-    else:
-        await config.load_kube_config(client_configuration=configuration)
+    try:
+        if os.environ.get("KUBERNETES_SERVICE_HOST") and not os.environ.get("KUBECONFIG"):
+            config.load_incluster_config(client_configuration=configuration)
+        else:
+            await config.load_kube_config(client_configuration=configuration)
+    except config.ConfigException as error:
+        raise KubeError(f"no cluster: set KUBECONFIG, or run as a pod with a service account ({error})") from error
     async with client.ApiClient(configuration) as api:
         yield Kube(api)

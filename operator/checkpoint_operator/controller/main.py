@@ -13,7 +13,7 @@ import kopf
 from checkpoint_operator.controller import handlers
 from checkpoint_operator.controller.config import ConfigError, InlineConfig, Settings, load_inline, load_settings
 from checkpoint_operator.controller.inline import InlineExecutor
-from checkpoint_operator.controller.kube import connect
+from checkpoint_operator.controller.kube import Forbidden, KubeError, NotFound, connect
 from checkpoint_operator.controller.plan import Policy
 from checkpoint_operator.controller.queue import WorkQueue
 from checkpoint_operator.controller.reconciler import Reconciler, resync_forever
@@ -54,6 +54,7 @@ async def run(settings: Settings, inline: InlineConfig) -> None:
     """Run until a signal or a fatal error; movers are stopped before it returns."""
     queue: WorkQueue[Key] = WorkQueue()
     async with connect() as kube:
+        await kube.check_served(settings.namespace_list)
         executor = InlineExecutor(inline, settings.state_directory, queue.add, _utc_now)
         reconciler = Reconciler(
             kube,
@@ -103,8 +104,18 @@ def main() -> int:
         return 2
     _configure_logging(settings)
     _log.info("serving %d claims inline", len(inline.claims))
-    with suppress(KeyboardInterrupt):
-        asyncio.run(run(settings, inline))
+    try:
+        with suppress(KeyboardInterrupt):
+            asyncio.run(run(settings, inline))
+    except NotFound:
+        print("checkpoint-operator: the cluster does not know CheckpointArtifacts: kubectl apply -f crds/", file=sys.stderr)
+        return 1
+    except Forbidden as error:
+        print(f"checkpoint-operator: the rights are missing: kubectl apply -f deploy/rbac.yaml ({error})", file=sys.stderr)
+        return 1
+    except KubeError as error:
+        print(f"checkpoint-operator: {error}", file=sys.stderr)
+        return 1
     return 0
 
 
