@@ -65,11 +65,16 @@ def generated() -> Iterator[tuple[Path, str]]:
 
 
 def main() -> int:
-    for path, content in generated():
-        if not path.exists() or path.read_text() != content:
+    """Write what differs; with ``--check`` only say so."""
+    check = "--check" in sys.argv[1:]
+    stale = [(path, content) for path, content in generated() if not path.exists() or path.read_text() != content]
+    for path, content in stale:
+        if check:
+            print(f"{path.relative_to(ROOT)} is not what the code would write: run `make generate`", file=sys.stderr)
+        else:
             path.write_text(content)
             print(f"wrote {path.relative_to(ROOT)}")
-    return 0
+    return 1 if check and stale else 0
 
 
 if __name__ == "__main__":

@@ -46,10 +46,15 @@ class Cluster:
     has_controller_manager: bool
     state_dir: Path | None = None
     _stop: Callable[[], None] = field(default=_nothing, repr=False, compare=False)
+    _detach: Callable[[], None] = field(default=_nothing, repr=False, compare=False)
 
     def stop(self) -> None:
         """Idempotent. Does nothing to a cluster that was there before."""
         self._stop()
+
+    def detach(self) -> None:
+        """Let it outlive this process; `session.stop_recorded(state_dir)` stops it then."""
+        self._detach()
 
     def __enter__(self) -> Cluster:
         return self
@@ -85,6 +90,7 @@ def cluster_of(name: str, plane: ControlPlane, bin_dir: Path) -> Cluster:
         has_controller_manager=plane.has_controller_manager,
         state_dir=plane.session.state_dir,
         _stop=plane.session.stop,
+        _detach=plane.session.detach,
     )
 
 

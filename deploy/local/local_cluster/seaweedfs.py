@@ -55,11 +55,16 @@ class ObjectStore:
     state_dir: Path
     region: str = REGION
     _stop: Callable[[], None] = field(default=lambda: None, repr=False, compare=False)
+    _detach: Callable[[], None] = field(default=lambda: None, repr=False, compare=False)
 
     def client(self, identity: Identity | None = None, **config: Any) -> Any:
         """A boto3 S3 client of the admin, or of the given identity."""
         who = identity or self.identities["admin"]
         return s3_client(self.endpoint, who.access_key, who.secret_key, **config)
+
+    def detach(self) -> None:
+        """Let it outlive this process; `session.stop_recorded(state_dir)` stops it then."""
+        self._detach()
 
     def stop(self) -> None:
         self._stop()
@@ -149,7 +154,15 @@ def _start(session: Session, weed: Path, identities: dict[str, Identity]) -> Obj
         return status == 200 and f"127.0.0.1:{ports['volume']}" in text
 
     session.wait_until(answers, what="the S3 API to list buckets", seconds=60, program="weed")
-    return ObjectStore(endpoint, admin.access_key, admin.secret_key, dict(identities), state, _stop=session.stop)
+    return ObjectStore(
+        endpoint,
+        admin.access_key,
+        admin.secret_key,
+        dict(identities),
+        state,
+        _stop=session.stop,
+        _detach=session.detach,
+    )
 
 
 def s3_client(endpoint: str, access_key: str, secret_key: str, **config: Any) -> Any:
