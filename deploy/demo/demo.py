@@ -192,7 +192,9 @@ def _interrupt(*_: object) -> None:
 
 
 def main() -> int:
-    signal.signal(signal.SIGTERM, _interrupt)
+    # SIGINT too: whoever starts us in the background of a script has it ignored, and then Ctrl-C would leave things running.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
     os.environ["AWS_EC2_METADATA_DISABLED"] = "true"
     keep = os.environ.get("KEEP", "") not in ("", "0")
     try:
@@ -205,6 +207,10 @@ def main() -> int:
     except KeyboardInterrupt:
         say("interrupted; everything was stopped")
         return 130
+    except BrokenPipeError:
+        # Nobody reads any more (`make demo | head`); everything was stopped.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (DemoError, lc.LocalClusterError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
