@@ -120,7 +120,11 @@ def test_what_is_kept_runs_until_it_is_stopped(demo: Demo) -> None:
     exports = dict(re.findall(r"^export (\w+)=(.*)$", demo.output, re.MULTILINE))
     shown = subprocess.run(
         ["kubectl", "get", "ckpt", "-n", "demo", "dpo-llama-2"],
-        env={"KUBECONFIG": exports["KUBECONFIG"], "PATH": exports["PATH"].replace("$PATH", os.environ["PATH"])},
+        env={
+            "HOME": str(demo.temp.parent),
+            "KUBECONFIG": exports["KUBECONFIG"],
+            "PATH": exports["PATH"].replace("$PATH", os.environ["PATH"]),
+        },
         capture_output=True,
         text=True,
         check=True,

@@ -306,14 +306,22 @@ def _successors(
 
 def _key(state: State) -> object:
     def place(standing: Standing) -> object:
-        return (standing.place, repr(standing.partial)) if isinstance(standing, Running) else repr(standing)
+        if isinstance(standing, Running):
+            return standing.place, tuple(_text(answer) for answer in standing.partial)
+        return _text(standing.unit) if isinstance(standing, Late) else standing
 
-    marker = state.world.marker
-    return (
-        tuple(place(standing) for standing in state.standings),
-        marker and (marker.token, marker.marker.to_wire().__repr__()),
-        state.world.objects,
-    )
+    return tuple(place(standing) for standing in state.standings), _text(state.world.marker), state.world.objects
+
+
+_TEXTS: dict[int, tuple[object, str]] = {}
+
+
+def _text(value: object) -> str:
+    """``repr``, remembered: states share most of their parts, and writing out a marker is slow. The value is kept with
+    its text, so that its id is not used again."""
+    if (entry := _TEXTS.get(id(value))) is None:
+        entry = _TEXTS[id(value)] = (value, repr(value))
+    return entry[1]
 
 
 def _name(value: object) -> str:
