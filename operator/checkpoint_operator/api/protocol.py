@@ -1,5 +1,6 @@
 """The contract between operator and mover: a plan goes in, progress and one result come out (DESIGN §5)."""
 
+from bisect import bisect_right
 from enum import StrEnum
 from typing import Annotated, Literal
 
@@ -92,6 +93,8 @@ class Failure(ApiModel):
 
     reason: Reason
     message: str
+    wrote: bool = True
+    """False: it is certain that this run wrote nothing to the store, so that it left nothing to clean up."""
 
     @property
     def retry(self) -> Retry:
@@ -133,15 +136,20 @@ def parse_line(line: bytes) -> Progress | Result | None:
 
 
 def encode_line(message: Progress | Result) -> str:
-    """One JSON line without the newline; a result is kept within :data:`RESULT_MAX_BYTES` by cutting its message."""
+    """One JSON line without the newline; a result is kept within :data:`RESULT_MAX_BYTES` by cutting its sentence."""
     text = message.model_dump_json(by_alias=True, exclude_none=True)
-    if isinstance(message, Result) and message.failure and len(text.encode()) > RESULT_MAX_BYTES:
-        excess = len(text.encode()) - RESULT_MAX_BYTES
-        cut = message.failure.message.encode()[: -(excess + 8)].decode(errors="ignore") + "…"
-        # JSON escapes can make a character longer than its UTF-8; halving always ends.
-        while len(text.encode()) > RESULT_MAX_BYTES and cut:
-            text = message.replace(failure=message.failure.replace(message=cut)).model_dump_json(
-                by_alias=True, exclude_none=True
-            )
-            cut = cut[: len(cut) // 2]
-    return text
+    if isinstance(message, Progress) or len(text.encode()) <= RESULT_MAX_BYTES:
+        return text
+    sentence = message.failure.message if message.failure else message.deleted or ""
+
+    def cut(length: int) -> str:
+        short = sentence[:length] + "…"
+        if message.failure:
+            changed = message.replace(failure=message.failure.replace(message=short))
+        else:
+            changed = message.replace(deleted=short)
+        return changed.model_dump_json(by_alias=True, exclude_none=True)
+
+    # A search, because JSON's escapes make some characters longer than their UTF-8: as much of it as fits.
+    fits = bisect_right(range(len(sentence)), RESULT_MAX_BYTES, key=lambda length: len(cut(length).encode()))
+    return cut(max(fits - 1, 0))

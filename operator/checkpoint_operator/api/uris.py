@@ -44,6 +44,15 @@ def bad_segment(segment: str) -> str | None:
     return None
 
 
+def _without_secrets(text: str) -> str:
+    """The text for a message: before an '@' may stand a password, behind a '?' a signature (presigned, SAS)."""
+    start, at, rest = text.rpartition("@")
+    scheme, slashes, _ = start.partition("://")
+    shown = f"{scheme if slashes else ''}{slashes}***@{rest}" if at else text
+    before, query, _ = shown.partition("?")
+    return f"{before}?***" if query else shown
+
+
 @dataclass(frozen=True)
 class TargetURI:
     """A place in a store: scheme, bucket (or container; empty for ``file``), and a path that is never empty.
@@ -65,46 +74,46 @@ class TargetURI:
         Raises:
             InvalidURI: with a sentence that names the text and the way out.
         """
+        shown = _without_secrets(text)
         scheme_text, separator, rest = text.partition("://")
         if not separator or scheme_text not in set(Scheme):
             raise InvalidURI(
-                f"'{text}' has no supported scheme: use file:///path, s3://bucket/prefix, gs://bucket/prefix "
+                f"'{shown}' has no supported scheme: use file:///path, s3://bucket/prefix, gs://bucket/prefix "
                 "or azure://container/prefix"
             )
         if len(text) > MAX_LENGTH:
-            raise InvalidURI(f"'{text[:60]}…' has {len(text)} characters: at most {MAX_LENGTH} are allowed")
+            raise InvalidURI(f"'{shown[:60]}…' has {len(text)} characters: at most {MAX_LENGTH} are allowed")
         scheme = Scheme(scheme_text)
+        bucket, slash, path = rest.partition("/")
+        if "@" in bucket or (":" in bucket and "@" in path):  # a secret key may hold a '/' itself
+            raise InvalidURI(f"a {scheme}:// URI has user information before '@': credentials never go into a URI")
         for char, name in (("?", "a query"), ("#", "a fragment")):
             if char in rest:
-                raise InvalidURI(f"'{text}' has {name} ('{char}'): a target is a plain place, remove it")
-        bucket, slash, path = rest.partition("/")
-        if "@" in bucket:
-            # The text may hold a password: it is not repeated.
-            raise InvalidURI(f"a {scheme}:// URI has user information before '@': credentials never go into a URI")
+                raise InvalidURI(f"'{shown}' has {name} ('{char}'): a target is a plain place, remove it")
         if scheme is Scheme.FILE:
             if bucket:
-                raise InvalidURI(f"'{text}' names a host ('{bucket}'): a file URI has three slashes, file:///{rest}")
+                raise InvalidURI(f"'{shown}' names a host: a file URI has three slashes, file:///path")
         elif not _BUCKET[scheme].fullmatch(bucket):
-            raise InvalidURI(f"'{text}' names no valid bucket or container ('{bucket}'): see the store's naming rules")
+            raise InvalidURI(f"'{shown}' names no valid bucket or container: see the store's naming rules")
         path = path.removesuffix("/")
         if not path and allow_root:
             return cls(scheme, bucket, "")
         if not slash or not path:
             raise InvalidURI(
-                f"'{text}' names a whole {'volume' if scheme is Scheme.FILE else 'bucket'}: add a path, one folder "
+                f"'{shown}' names a whole {'volume' if scheme is Scheme.FILE else 'bucket'}: add a path, one folder "
                 "for each checkpoint"
             )
         for segment in path.split("/"):
             if problem := bad_segment(segment):
-                raise InvalidURI(f"{text!r} has {problem} in its path: write the path out in full")
+                raise InvalidURI(f"{shown!r} has {problem} in its path: write the path out in full")
         return cls(scheme, bucket, path)
 
     def __str__(self) -> str:
         return f"{self.scheme}://{self.bucket}/{self.path}"
 
     def child(self, name: str) -> "TargetURI":
-        """The place one or more segments below this one."""
-        return TargetURI.parse(f"{self}/{name}")
+        """The place one or more segments below this one; it may be longer than what a user may write."""
+        return TargetURI(self.scheme, self.bucket, f"{self.path}/{name}")
 
     def is_within(self, prefix: "str") -> bool:
         """Whether this place lies at or below an admin's prefix, by whole segments (``s3://b/a`` is not in ``s3://b/ab``).

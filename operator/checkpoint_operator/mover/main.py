@@ -39,6 +39,7 @@ class Mover:
         self._output = output
         self._writing = threading.Lock()
         self.cancelled = threading.Event()
+        self._wrote = False
 
     def run(self) -> int:
         """Run the plan of the environment; the exit code. Every exception becomes a result."""
@@ -49,7 +50,7 @@ class Mover:
             return TERMINATED
         except StorageError as error:
             _log.error("%s", error)
-            result = Result(failure=Failure(reason=error.reason, message=error.message))
+            result = Result(failure=Failure(reason=error.reason, message=error.message, wrote=self._wrote))
         except Exception as error:
             # Only the type goes into the result: the text of an unknown exception may hold anything.
             _log.exception("the mover met a bug")
@@ -110,7 +111,11 @@ class Mover:
             force=plan.earlier_mover_gone,
             report=self._emit,
             cancelled=self.cancelled,
+            on_write=self._note_write,
         )
+
+    def _note_write(self) -> None:
+        self._wrote = True
 
     def _emit(self, message: Progress | Result) -> None:
         with self._writing:
@@ -137,12 +142,21 @@ def _exit_with_parent(cancelled: threading.Event) -> None:
     threading.Thread(target=watch, name="parent", daemon=True).start()
 
 
+def _own_output() -> TextIO:
+    """Standard output for our lines alone, in UTF-8 whatever the locale; what a library prints goes to standard error."""
+    sys.stdout.flush()
+    output = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    return output
+
+
 def main() -> int:
     """Entry point; reads the plan from the environment."""
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     # The identity of the machine belongs to nobody who may write a custom resource.
     os.environ["AWS_EC2_METADATA_DISABLED"] = "true"
-    mover = Mover(os.environ, sys.stdout)
+    output = _own_output()
+    mover = Mover(os.environ, output)
     signal.signal(signal.SIGTERM, lambda *_: mover.cancelled.set())
     signal.signal(signal.SIGINT, lambda *_: mover.cancelled.set())
     if os.environ.get(ENV_EXIT_WITH_PARENT):
@@ -151,5 +165,5 @@ def main() -> int:
         return mover.run()
     except BrokenPipeError:
         # Nobody listens any more; the store keeps what was done, the next attempt finds it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), output.fileno())
         return TERMINATED

@@ -41,6 +41,8 @@ class UploadRequest:
     force: bool = False
     report: Report | None = None
     cancelled: threading.Event = field(default_factory=threading.Event)
+    on_write: Callable[[], None] = lambda: None
+    """Called before anything is written to the store: what fails earlier leaves nothing to clean up."""
 
 
 @dataclass(frozen=True)

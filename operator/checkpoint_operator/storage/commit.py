@@ -317,11 +317,12 @@ def _mark_deleting(who: Claimant, seen: Seen, previous: Uploading | Manifest, ur
 
 def _finish_deletion(who: Claimant, seen: Seen, marker: Deleting) -> Look:
     """Remove the data, then the marker. What is gone already is left out by itself."""
+    # Also below a manifest: an attempt before the one that committed may have been killed in the middle of a file.
+    yield AbortUploads()
     if isinstance(marker.previous, Manifest):
         files = marker.previous.table.files
         yield RemoveObjects([Found(file.path, file.size, file.token, who.uid) for file in files])
     else:
-        yield AbortUploads()
         doomed = [found for found in (yield from _list()) if found.owner == who.uid]
         if doomed:
             again = yield from _read()

@@ -15,7 +15,7 @@ from checkpoint_operator.api.names import MARKER_NAME
 from checkpoint_operator.api.protocol import Stage
 from checkpoint_operator.api.uris import bad_segment
 from checkpoint_operator.storage.errors import StorageError
-from checkpoint_operator.storage.manifest import StoredFile
+from checkpoint_operator.storage.manifest import StoredFile, link_problem
 from checkpoint_operator.storage.marker import Manifest, encode
 from checkpoint_operator.storage.transfer import DEFAULT_WORKERS, Meter
 
@@ -32,14 +32,23 @@ def download(manifest: Manifest, fetch: Fetch, destination: Path, meter: Meter) 
     what is right there. Memory: :data:`CHUNK` for each of the workers.
 
     Raises:
-        StorageError: DestinationExists, IntegrityMismatch, UnsupportedName, and what ``fetch`` raises.
+        StorageError: DestinationExists, IntegrityMismatch, UnsupportedName, RequestRejected where the disk refuses, and
+            what ``fetch`` raises.
     """
     if os.path.lexists(destination):
         raise StorageError(
             Reason.DESTINATION_EXISTS, f"'{destination}' exists: download into a new folder", path=str(destination)
         )
-    for name in _names(manifest):
-        _check_inside(name)
+    check_names(manifest)
+    try:
+        _download(manifest, fetch, destination, meter)
+    except OSError as error:
+        raise StorageError(
+            Reason.REQUEST_REJECTED, f"writing to '{destination}' failed: {error.strerror}", path=str(destination)
+        ) from error
+
+
+def _download(manifest: Manifest, fetch: Fetch, destination: Path, meter: Meter) -> None:
     staging = destination.with_name(destination.name + ".partial")
     _open_staging(staging, manifest)
     table = manifest.table
@@ -57,23 +66,36 @@ def download(manifest: Manifest, fetch: Fetch, destination: Path, meter: Meter) 
     os.rename(staging, destination)
 
 
-def _names(manifest: Manifest) -> list[str]:
+def check_names(manifest: Manifest) -> None:
+    """Refuse a manifest whose names could lead out of the folder that they are put into, or removed from.
+
+    Raises:
+        StorageError: UnsupportedName.
+    """
     table = manifest.table
-    inside = [os.path.normpath(os.path.join(os.path.dirname(link.path), link.target)) for link in table.links]
-    return [
-        *(file.path for file in table.files),
-        *table.empty_directories,
-        *(link.path for link in table.links),
-        *(name for name in inside if name != "."),
-    ]
+    solid = [*(file.path for file in table.files), *(link.path for link in table.links)]
+    for name in (*solid, *table.empty_directories):
+        problem = next((problem for part in name.split("/") if (problem := bad_segment(part))), None)
+        if problem is None and name == MARKER_NAME:
+            problem = "the marker's own name"
+        if problem:
+            raise _refused(name, f"has {problem}")
+    for link in table.links:
+        if problem := link_problem(link.path, link.target):
+            raise _refused(link.path, f"{problem} ({link.target!r})")
+    taken = set(solid)
+    if len(taken) < len(solid) or taken & set(table.empty_directories):
+        raise _refused(MARKER_NAME, "names a path twice")
+    for name in (*solid, *table.empty_directories):
+        above = os.path.dirname(name)
+        while above:
+            if above in taken:
+                raise _refused(name, f"lies below {above!r}, which is no folder")
+            above = os.path.dirname(above)
 
 
-def _check_inside(name: str) -> None:
-    for segment in name.split("/"):
-        if problem := bad_segment(segment):
-            raise StorageError(
-                Reason.UNSUPPORTED_NAME, f"the manifest lists {name!r}, which has {problem}: refused", path=name
-            )
+def _refused(name: str, why: str) -> StorageError:
+    return StorageError(Reason.UNSUPPORTED_NAME, f"the manifest lists {name!r}, which {why}: refused", path=name)
 
 
 def _open_staging(staging: Path, manifest: Manifest) -> None:

@@ -13,10 +13,11 @@ class StorageError(Exception):
     """
 
     def __init__(self, reason: Reason, message: str, **context: str | None) -> None:
+        message = _printable(message)
         super().__init__(message)
         self.reason = reason
         self.message = message
-        self.context = {key: value for key, value in context.items() if value is not None}
+        self.context = {key: _printable(value) for key, value in context.items() if value is not None}
 
     @property
     def code(self) -> ErrorCode:
@@ -30,3 +31,8 @@ class StorageError(Exception):
     def __str__(self) -> str:
         where = ", ".join(f"{key}={value}" for key, value in self.context.items())
         return f"{self.code} {self.reason}: {self.message}" + (f" ({where})" if where else "")
+
+
+def _printable(text: str) -> str:
+    """A file name that is not UTF-8 comes as lone surrogates, which neither JSON nor a terminal can take."""
+    return text.encode("utf-8", "backslashreplace").decode()

@@ -22,16 +22,15 @@ from checkpoint_operator.api.protocol import Layout, Stage, Stored
 from checkpoint_operator.api.uris import TargetURI
 from checkpoint_operator.storage import marker
 from checkpoint_operator.storage.backend import DeleteRequest, Report, UploadRequest
-from checkpoint_operator.storage.download import download
+from checkpoint_operator.storage.download import check_names, download
 from checkpoint_operator.storage.errors import StorageError
 from checkpoint_operator.storage.manifest import FileTable, Link, StoredFile, content_digest
-from checkpoint_operator.storage.marker import Manifest, Seen
+from checkpoint_operator.storage.marker import DELETING_NAME, ForeignMarker, Manifest, Seen
 from checkpoint_operator.storage.objects import derive_uid, require_manifest, unique_place
 from checkpoint_operator.storage.source import OpenFile, SourceFile, SourceTree, open_below
 from checkpoint_operator.storage.transfer import Cancelled, Meter
 
 PARTIAL = ".partial-"
-DELETING = ".metadata.deleting.json"
 CHUNK = 4 << 20
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -65,6 +64,7 @@ class LocalStorageBackend:
             place = request.uri
             if request.layout is Layout.UNIQUE:
                 place = unique_place(request.uri, uid, listing.fingerprint)
+            request.on_write()
             parent, name = self._parent(stack, place, tree)
             seen = _read_marker(parent, name, place)
             if seen is not None:
@@ -134,10 +134,18 @@ class LocalStorageBackend:
             folder = _open(stack, self._root, uri.path)
 
             def fetch(file: StoredFile, start: int, length: int) -> bytes:
-                with _open_file(folder, file.path, os.O_RDONLY) as descriptor:
-                    status = os.fstat(descriptor)
-                    scanned = SourceFile(file.path, status.st_size, status.st_mtime_ns, status.st_ino, 0)
-                    return OpenFile(scanned, descriptor).read(start, length)
+                try:
+                    with _open_file(folder, file.path, os.O_RDONLY) as descriptor:
+                        status = os.fstat(descriptor)
+                        if status.st_size == file.size and stat.S_ISREG(status.st_mode):
+                            scanned = SourceFile(file.path, status.st_size, status.st_mtime_ns, status.st_ino, 0)
+                            return OpenFile(scanned, descriptor).read(start, length)
+                        what = f"has {status.st_size} bytes, the manifest lists {file.size}"
+                except OSError as error:
+                    if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+                        raise
+                    what = f"was replaced or removed: {error.strerror}"
+                raise StorageError(Reason.INTEGRITY_MISMATCH, f"'{file.path}' at {uri} {what}", uri=str(uri), path=file.path)
 
             download(manifest, fetch, destination, Meter(report))
         return manifest.metadata
@@ -251,7 +259,7 @@ def _read_marker(parent: int, name: str, place: TargetURI) -> Seen | None:
             raise _not_empty(place, "a file or a symlink is there") from error
         stack.callback(os.close, folder)
         names = os.listdir(folder)
-        if DELETING in names:
+        if DELETING_NAME in names:
             raise StorageError(Reason.TARGET_BUSY, "a checkpoint is being removed there", uri=str(place))
         if names and MARKER_NAME not in names:
             raise _not_empty(place, "the folder is not empty")
@@ -277,7 +285,7 @@ def _staging(parent: int, uid: str, place: TargetURI) -> Iterator[int]:
         os.mkdir(PARTIAL + uid, 0o777, dir_fd=parent)
     folder = os.open(PARTIAL + uid, _DIRECTORY, dir_fd=parent)
     try:
-        _lock(folder, place)
+        _lock_staging(parent, folder, uid, place)
         with suppress(FileNotFoundError):
             # A manifest of an earlier attempt describes that attempt's files.
             os.unlink(MARKER_NAME, dir_fd=folder)
@@ -293,6 +301,17 @@ def _lock(folder: int, place: TargetURI) -> None:
         raise StorageError(
             Reason.TARGET_BUSY, "another process is writing or removing this artifact right now", uri=str(place)
         ) from error
+
+
+def _lock_staging(parent: int, folder: int, uid: str, place: TargetURI) -> None:
+    """Lock a staging folder that still is one: between our open and our lock its last holder may have committed it."""
+    _lock(folder, place)
+    try:
+        current = os.stat(PARTIAL + uid, dir_fd=parent, follow_symlinks=False)
+    except FileNotFoundError:
+        current = None
+    if current is None or not os.path.samestat(current, os.fstat(folder)):
+        raise StorageError(Reason.TARGET_BUSY, "another process has just finished this artifact", uri=str(place))
 
 
 def _copy_all(tree: SourceTree, files: tuple[SourceFile, ...], staging: int, request: UploadRequest) -> list[StoredFile]:
@@ -353,23 +372,27 @@ def _delete(parent: int, name: str, place: TargetURI, request: DeleteRequest) ->
         folder = os.open(name, _DIRECTORY, dir_fd=parent)
         stack.callback(os.close, folder)
         _lock(folder, place)
-        seen = _read_manifest(folder, DELETING, place)
-        visible = _read_manifest(folder, MARKER_NAME, place) if seen is None else None
+        try:
+            seen = _read_manifest(folder, DELETING_NAME, place)
+            visible = _read_manifest(folder, MARKER_NAME, place) if seen is None else None
+        except ForeignMarker:
+            return "left alone: the .metadata.json there was not written by this software"
         found = seen or visible
         if found is None or not isinstance(found.marker, Manifest):
             return "nothing is left there"
         manifest = found.marker
         if request.uid and manifest.artifact_uid != request.uid:
             return f"left alone: it belongs to artifact {manifest.artifact_uid}"
+        check_names(manifest)
         if visible is not None:
             if request.keep_committed:
                 return "the committed checkpoint was kept (deletionPolicy: Retain)"
-            os.rename(MARKER_NAME, DELETING, src_dir_fd=folder, dst_dir_fd=folder)
+            os.rename(MARKER_NAME, DELETING_NAME, src_dir_fd=folder, dst_dir_fd=folder)
             os.fsync(folder)
         table = manifest.table
         for path in (*(file.path for file in table.files), *(link.path for link in table.links)):
             _unlink_below(folder, path)
-        os.unlink(DELETING, dir_fd=folder)
+        os.unlink(DELETING_NAME, dir_fd=folder)
         for path in _folders_of(table):
             above, _, last = path.rpartition("/")
             with suppress(OSError), _opened_below(folder, above) as directory:
@@ -397,16 +420,17 @@ def _remove_staging(parent: int, uid: str, place: TargetURI) -> None:
     with suppress(FileNotFoundError), ExitStack() as stack:
         folder = os.open(PARTIAL + uid, _DIRECTORY, dir_fd=parent)
         stack.callback(os.close, folder)
-        _lock(folder, place)
+        _lock_staging(parent, folder, uid, place)
         _remove_except(folder, set())
         os.rmdir(PARTIAL + uid, dir_fd=parent)
 
 
 def _remove_except(folder: int, keep: set[str], prefix: str = "") -> None:
-    """Remove every file of a staging folder that is not in ``keep``, and folders that become empty."""
+    """Remove everything from a staging folder but the regular files in ``keep``, and folders that become empty."""
     for name in os.listdir(folder):
         path = prefix + name
-        if stat.S_ISDIR(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode):
+        kind = os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode
+        if stat.S_ISDIR(kind):
             deeper = os.open(name, _DIRECTORY, dir_fd=folder)
             try:
                 _remove_except(deeper, keep, f"{path}/")
@@ -414,7 +438,7 @@ def _remove_except(folder: int, keep: set[str], prefix: str = "") -> None:
                 os.close(deeper)
             with suppress(OSError):
                 os.rmdir(name, dir_fd=folder)
-        elif path not in keep:
+        elif path not in keep or not stat.S_ISREG(kind):
             os.unlink(name, dir_fd=folder)
 
 
@@ -488,7 +512,8 @@ def _make_below(folder: int, path: str) -> int:
 def _open_file(folder: int, path: str, flags: int, mode: int = 0) -> Iterator[int]:
     above, _, name = path.rpartition("/")
     with _opened_below(folder, above) as directory:
-        descriptor = os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC, mode, dir_fd=directory)
+        # O_NONBLOCK means nothing to a file; a FIFO that somebody planted would block us for ever.
+        descriptor = os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, mode, dir_fd=directory)
     try:
         yield descriptor
     finally:

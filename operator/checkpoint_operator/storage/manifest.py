@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pydantic import Field
 
 from checkpoint_operator.api.base import ApiModel
+from checkpoint_operator.api.uris import bad_segment
 
 SCHEMA_VERSION = 1
 
@@ -16,6 +17,22 @@ class Link(ApiModel):
 
     path: str
     target: str
+
+
+def link_problem(path: str, target: str) -> str | None:
+    """Why a symlink is refused, or None: it must stay inside the folder whatever other links the folder holds.
+
+    ``..`` may stand at the front alone. Behind a name it would be taken from where that name leads, and if that is a link,
+    the lexical place and the real one differ: ``m -> a/l/..`` with ``a/l -> ..`` leaves the folder.
+    """
+    segments = target.split("/")
+    up = next((index for index, segment in enumerate(segments) if segment != ".."), len(segments))
+    if target.startswith("/") or up > path.count("/"):
+        return "points out of the folder"
+    for segment in segments[up:]:
+        if segment not in ("", ".") and (problem := bad_segment(segment)):
+            return f"points to a name with {problem}"
+    return None
 
 
 class StoredFile(ApiModel):

@@ -23,6 +23,13 @@ from checkpoint_operator.api.metadata import ArtifactMetadata
 from checkpoint_operator.storage.errors import StorageError
 from checkpoint_operator.storage.manifest import SCHEMA_VERSION, FileTable
 
+DELETING_NAME = ".metadata.deleting.json"
+"""What the file backend calls the manifest while it removes an artifact."""
+
+
+class ForeignMarker(StorageError):
+    """The object at the marker's name is not ours: nobody may claim the place, and a deletion has nothing to do there."""
+
 
 def new_claim_id() -> str:
     """128 fresh random bits: every create and swap gets its own, so that a lost reply can be told from a lost race."""
@@ -91,16 +98,30 @@ def decode(data: bytes, token: str, uri: str) -> Seen:
     try:
         marker = _MARKER.validate_json(data)
     except ValidationError as error:
-        raise StorageError(
+        _refuse_newer(_version(data), uri)
+        raise ForeignMarker(
             Reason.TARGET_NOT_EMPTY,
             "the object .metadata.json there was not written by this software: choose another URI, or remove it",
             uri=uri,
         ) from error
-    if marker.schema_version > SCHEMA_VERSION:
+    _refuse_newer(marker.schema_version, uri)
+    return Seen(marker, token, digest(data))
+
+
+def _version(data: bytes) -> int:
+    """The schema version of a marker that cannot be read: a newer one may look quite different."""
+    try:
+        found = json.loads(data)
+    except (ValueError, RecursionError):
+        return 0
+    is_marker = isinstance(found, dict) and "artifactUID" in found and isinstance(found.get("schemaVersion"), int)
+    return int(found["schemaVersion"]) if is_marker else 0
+
+
+def _refuse_newer(version: int, uri: str) -> None:
+    if version > SCHEMA_VERSION:
         raise StorageError(
             Reason.TARGET_NOT_EMPTY,
-            f"the checkpoint there has schema version {marker.schema_version}, this software knows {SCHEMA_VERSION}: "
-            "upgrade it",
+            f"the checkpoint there has schema version {version}, this software knows {SCHEMA_VERSION}: upgrade it",
             uri=uri,
         )
-    return Seen(marker, token, digest(data))

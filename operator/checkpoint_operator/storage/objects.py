@@ -3,6 +3,7 @@
 import secrets
 import uuid
 from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypeVar
@@ -53,14 +54,16 @@ class ObjectStoreBackend:
         places = list(_unique_places(store, request.uri, uid))
         for place in places:
             seen = _read_marker(store, place)
-            if seen and isinstance(seen.marker, Manifest):
+            if seen and isinstance(seen.marker, Manifest) and seen.marker.artifact_uid == uid:
                 return _stored(commit.Committed(seen, seen.marker, owner=True), place)
         here = unique_place(request.uri, uid, source.listing.fingerprint)
         stored = self._upload_at(store, request, source, uid, here, unique=True)
-        # What earlier attempts left of another state of the source, now that the checkpoint is safe.
+        # What earlier attempts left of another state of the source, now that the checkpoint is safe. It is no reason to
+        # fail any more: without force their mover may be running still, and the artifact's deletion finds the places too.
         for place in places:
-            if place != here:
-                self.delete_artifact(DeleteRequest(place, uid, keep_committed=True, force=request.force))
+            if place != here and request.force:
+                with suppress(StorageError):
+                    self._delete_at(store, place, DeleteRequest(place, uid, Layout.UNIQUE, keep_committed=True, force=True))
         return stored
 
     def _upload_at(
@@ -73,7 +76,11 @@ class ObjectStoreBackend:
         *,
         unique: bool,
     ) -> Stored:
-        driver = _Driver(store, place, uid, source, request, lambda: self._conditional(store, place, unique=unique))
+        def writable() -> ObjectStore:
+            request.on_write()
+            return self._conditional(store, place, unique=unique)
+
+        driver = _Driver(store, place, uid, source, request, writable)
         metadata = request.metadata.replace(
             artifact_id=request.metadata.artifact_id or uid, created_at=request.metadata.created_at or self._now()
         )
@@ -106,22 +113,32 @@ class ObjectStoreBackend:
 
     def delete_artifact(self, request: DeleteRequest) -> str:
         store = self._open_store(request.uri)
-        if request.layout is Layout.UNIQUE and request.uid:
-            places = list(_unique_places(store, request.uri, request.uid))
+        places: Iterable[TargetURI] = [request.uri]
+        try:
+            if request.layout is Layout.UNIQUE and request.uid:
+                places = list(_unique_places(store, request.uri, request.uid))
             said = [self._delete_at(store, place, request) for place in places]
-            return "; ".join(said) or "nothing is left there"
-        return self._delete_at(store, request.uri, request)
+        except StorageError as error:
+            if error.reason is Reason.BUCKET_NOT_FOUND:
+                return "nothing is left there: the bucket does not exist"
+            raise
+        return "; ".join(said) or "nothing is left there"
 
     def _delete_at(self, store: ObjectStore, place: TargetURI, request: DeleteRequest) -> str:
         uid, force = request.uid, request.force
-        if uid is None:
+        try:
             seen = _read_marker(store, place)
+        except marker.ForeignMarker:
+            return "left alone: the .metadata.json there was not written by this software"
+        if uid is None:
             if seen is None:
                 return "nothing is left there"
             uid = seen.marker.artifact_uid
             # Nobody else is writing below a manifest; only what was never committed may have a mover at work.
             force = force or isinstance(seen.marker, Manifest)
         who = Claimant(uid, ArtifactMetadata(), marker.new_claim_id, earlier_mover_gone=force)
+        if request.layout is Layout.UNIQUE:
+            store = self._conditional(store, place, unique=True)
         driver = _Driver(store, place, uid, None, None, lambda: store)
         return driver.run(commit.delete(who, str(place), keep_committed=request.keep_committed)).message
 
@@ -295,11 +312,11 @@ class _Driver:
             case commit.Verify(table):
                 return self._verify(table)
             case commit.RemoveObjects(objects):
+                self._found = None  # that listing is history
                 for found in objects:
                     self._store.remove(self._prefix + found.path, found.token)
             case commit.AbortUploads():
-                for key, upload_id in self._store.list_uploads(self._prefix):
-                    self._store.abort_upload(key, upload_id)
+                self._abort_uploads()
         return None
 
     @staticmethod
@@ -317,6 +334,17 @@ class _Driver:
             for path, entry in entries.items()
             if path and path != MARKER_NAME and not path.startswith(PROBE_PREFIX) and not path.startswith(nested)
         }
+
+    def _abort_uploads(self) -> None:
+        """Those of a nested artifact are somebody else's, and may be running."""
+        nested = tuple(
+            entry.key.removesuffix(MARKER_NAME)
+            for entry in self._store.list(self._prefix)
+            if entry.key.endswith(f"/{MARKER_NAME}") and entry.key != _marker_key(self._place)
+        )
+        for key, upload_id in self._store.list_uploads(self._prefix):
+            if not key.startswith(nested):
+                self._store.abort_upload(key, upload_id)
 
     def _list_objects(self) -> tuple[Found, ...]:
         entries = self._entries()
@@ -362,6 +390,9 @@ class _Driver:
         existing = self._found
         if existing is None:
             existing = {path: size for path, (size, _) in self._entries().items()}
+            if self._request and self._request.force:
+                # What a mover that is gone had half sent is sent anew, under uploads of our own.
+                self._abort_uploads()
         self._found = None
         return self._transfer().put_all(existing)
 

@@ -19,6 +19,7 @@ from botocore.exceptions import (
     ConnectionError,
     CredentialRetrievalError,
     HTTPClientError,
+    IncompleteReadError,
     NoCredentialsError,
     PartialCredentialsError,
 )
@@ -78,11 +79,13 @@ class S3Store:
         self._bucket = bucket
         self._options = options
         self._conditional = conditional
-        self._extra: dict[str, Any] = {}
-        if options.storage_class:
-            self._extra["StorageClass"] = options.storage_class
+        self._encryption: dict[str, Any] = {}
         if options.sse_kms_key_id:
-            self._extra.update(ServerSideEncryption="aws:kms", SSEKMSKeyId=options.sse_kms_key_id)
+            self._encryption.update(ServerSideEncryption="aws:kms", SSEKMSKeyId=options.sse_kms_key_id)
+        self._extra = dict(self._encryption)
+        if options.storage_class:
+            # Of the data alone: a marker in an archive could not be read any more.
+            self._extra["StorageClass"] = options.storage_class
 
     def without_conditions(self) -> "S3Store":
         return S3Store(self._client, self._bucket, self._options, conditional=False)
@@ -122,7 +125,7 @@ class S3Store:
                 ContentType="application/json",
                 ChecksumSHA256=_base64(hashlib.sha256(data).digest()),
                 **condition,
-                **self._extra,
+                **self._encryption,
             )["ETag"]
         except ClientError as error:
             if _lost(error) or _code(error) in ("NoSuchKey", "404", "ConditionalRequestConflict"):
@@ -287,13 +290,18 @@ class S3Store:
 
     def honours_conditions(self, probe_key: str) -> bool:
         # A store that knows no conditions ignores them: then the second create overwrites, and the wrong If-Match too.
-        first = self.create(probe_key, b"1")
-        if first is None:
-            return True
-        refused = self.create(probe_key, b"2") is None and self.swap(probe_key, '"0"', b"3") is None
+        try:
+            first = self.create(probe_key, b"1")
+            if first is None:
+                return True
+            refused = self.create(probe_key, b"2") is None and self.swap(probe_key, '"0"', b"3") is None
+        except StorageError as error:
+            if error.reason is not Reason.CONDITIONAL_WRITES_UNSUPPORTED:
+                raise
+            refused = False  # it says so itself (501)
         current = self.read(probe_key)
         if current is not None:
-            self.remove(probe_key, current[1])
+            self.without_conditions().remove(probe_key, current[1])
         return refused and current is not None and current[0] == b"1"
 
     def _refuse(self, error: Exception, operation: str, key: str) -> NoReturn:
@@ -319,7 +327,7 @@ def classify(error: Exception) -> tuple[Reason, str, str | None]:
         return reason, said, error.response["ResponseMetadata"].get("RequestId")
     if isinstance(error, NoCredentialsError | PartialCredentialsError | CredentialRetrievalError):
         return Reason.CREDENTIALS_MISSING, "no usable credentials were found", None
-    if isinstance(error, ConnectionError | HTTPClientError):
+    if isinstance(error, ConnectionError | HTTPClientError | IncompleteReadError):
         return Reason.STORE_UNAVAILABLE, str(error), None
     return Reason.REQUEST_REJECTED, str(error), None
 
@@ -370,12 +378,23 @@ def _read_credentials(options: TargetOptions) -> dict[str, str]:
     folder, found = Path(options.credentials_directory), {}
     for name, required in (("AWS_ACCESS_KEY_ID", True), ("AWS_SECRET_ACCESS_KEY", True), ("AWS_SESSION_TOKEN", False)):
         try:
-            found[name] = (folder / name).read_text().strip()
+            value = (folder / name).read_text().strip()
         except OSError as error:
             if required:
                 raise StorageError(
                     Reason.CREDENTIALS_MISSING, f"the credentials have no key '{name}'", backend="s3"
                 ) from error
+            continue
+        except UnicodeDecodeError:
+            # Not chained: that exception holds the bytes.
+            value = ""
+        if value.isascii() and value.isprintable() and value:
+            found[name] = value
+        elif required or value:
+            # An empty key would make boto3 look for other credentials: those of the process.
+            raise StorageError(
+                Reason.CREDENTIALS_MISSING, f"the credentials' key '{name}' is empty, or no line of text", backend="s3"
+            )
     return found
 
 

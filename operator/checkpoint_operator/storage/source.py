@@ -4,9 +4,11 @@ The mover may be more powerful than whoever owns the volume, so every name is op
 O_NOFOLLOW: a folder that is swapped for a symlink between scan and read gives an error, not another file's content.
 """
 
+import errno
 import os
 import stat
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from wcmatch import glob
@@ -15,7 +17,8 @@ from checkpoint_operator.api.errors import Reason
 from checkpoint_operator.api.names import MARKER_NAME, PROBE_PREFIX
 from checkpoint_operator.api.uris import bad_segment
 from checkpoint_operator.storage.errors import StorageError
-from checkpoint_operator.storage.manifest import Link, digest_lines
+from checkpoint_operator.storage.manifest import Link, digest_lines, link_problem
+from checkpoint_operator.storage.marker import DELETING_NAME
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _GLOB = glob.GLOBSTAR | glob.DOTGLOB | glob.MATCHBASE | glob.FORCEUNIX
@@ -75,6 +78,8 @@ def open_below(directory: int, path: str) -> int:
     current = os.dup(directory)
     for segment in [part for part in path.split("/") if part not in ("", ".")]:
         try:
+            if segment == "..":
+                raise NotADirectoryError(errno.ENOTDIR, "'..' is not followed", path)
             deeper = os.open(segment, _DIRECTORY, dir_fd=current)
         finally:
             os.close(current)
@@ -117,6 +122,10 @@ class SourceTree:
 
     def __enter__(self) -> "SourceTree":
         path = self.path.strip("/")
+        if ".." in path.split("/"):
+            raise StorageError(
+                Reason.INVALID_SPEC, f"source.path '{self.path}' has a '..' segment: write it out in full", path=self.path
+            )
         parent, _, name = path.rpartition("/")
         try:
             above = open_directory(self.root, parent)
@@ -132,7 +141,9 @@ class SourceTree:
             else:
                 self._descriptor = os.open(name, _DIRECTORY, dir_fd=above)
         except FileNotFoundError as error:
-            there = ", ".join(sorted(os.listdir(above))[:10]) or "nothing"
+            there = "what this user may not list"
+            with suppress(PermissionError):
+                there = ", ".join(sorted(os.listdir(above))[:10]) or "nothing"
             raise StorageError(
                 Reason.SOURCE_NOT_FOUND,
                 f"source.path '{self.path}' does not exist; beside it the volume holds: {there}",
@@ -201,10 +212,12 @@ class SourceTree:
             raise self._cannot_open(error, prefix or self.path) from error
         for name in names:
             path = prefix + name
-            if path == MARKER_NAME or self.selection.excludes(path):
+            if self.selection.excludes(path):
                 continue
             status = self._stat(name, directory, path)
             kind = status.st_mode
+            if path == MARKER_NAME and stat.S_ISREG(kind):
+                continue  # of the checkpoint that this folder was copied from
             if stat.S_ISDIR(kind):
                 yield from self._walk_directory(name, directory, path)
                 continue
@@ -253,6 +266,9 @@ class SourceTree:
         problem = next((problem for part in path.split("/") if (problem := bad_segment(part))), None)
         if problem is None and path.startswith(PROBE_PREFIX):
             problem = f"the reserved prefix '{PROBE_PREFIX}'"
+        if problem is None and (MARKER_NAME in path.split("/") or path == DELETING_NAME):
+            # Below the target it would be taken for the marker of a nested artifact, or of this one.
+            problem = "a reserved name: it is the marker of another stored checkpoint"
         if problem:
             shown = path.encode("utf-8", "backslashreplace").decode()
             raise StorageError(
@@ -261,11 +277,10 @@ class SourceTree:
 
     def _inner_link(self, name: str, directory: int, path: str) -> str:
         target = os.readlink(name, dir_fd=directory)
-        inside = os.path.normpath(os.path.join(os.path.dirname(path), target))
-        if os.path.isabs(target) or inside == ".." or inside.startswith("../"):
+        if problem := link_problem(path, target):
             raise StorageError(
                 Reason.SOURCE_UNSUPPORTED,
-                f"the symlink '{path}' points out of the folder (to '{target}'): replace it by the file, or exclude it",
+                f"the symlink '{path}' {problem} (to '{target}'): replace it by the file, or exclude it",
                 path=path,
             )
         return target

@@ -145,24 +145,19 @@ class Transfer:
         """Bring one file into the store, or say what else is there."""
         key = self.prefix + file.path
         with self.tree.open(file) as source:
-            if existing_size is None:
-                for _ in range(3):
-                    try:
-                        written, pieces = self._send(source, key)
-                    except UploadLost:
-                        written, pieces = None, None
-                    if written is not None and pieces is not None:
-                        return self._confirmed(key, file, pieces, written)
-                    stat = self.store.stat(key)
-                    if stat is not None:
-                        return self._compare(source, key, stat, pieces)
-                raise StorageError(
-                    Reason.STORE_UNAVAILABLE, f"the store gave up three uploads of '{file.path}'", path=file.path
-                )
-            stat = self.store.stat(key)
-            if stat is None:
-                raise StorageError(Reason.INTEGRITY_MISMATCH, f"'{file.path}' vanished from the target", path=file.path)
-            return self._compare(source, key, stat, None)
+            if existing_size is not None and (stat := self.store.stat(key)) is not None:
+                return self._compare(source, key, stat, None)
+            for _ in range(3):
+                try:
+                    written, pieces = self._send(source, key)
+                except UploadLost:
+                    written, pieces = None, None
+                if written is not None and pieces is not None:
+                    return self._confirmed(key, file, pieces, written)
+                stat = self.store.stat(key)
+                if stat is not None:
+                    return self._compare(source, key, stat, pieces)
+            raise StorageError(Reason.STORE_UNAVAILABLE, f"the store gave up three uploads of '{file.path}'", path=file.path)
 
     def _send(self, source: OpenFile, key: str) -> tuple[Written | None, "Pieces"]:
         """Create the object; None where the key exists by now."""
