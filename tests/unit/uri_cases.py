@@ -86,5 +86,7 @@ BAD: dict[str, str] = {
     "s3://bucket/a\tb": "a control character",
     "s3://bucket/a\x7fb": "a control character",
     "s3://bucket/run\n": "a control character",
+    "s3://bucket/runs/.metadata.json": "a name of the operator's own",
+    "s3://bucket/.partial-x/a": "a name of the operator's own",
+    "s3://bucket/a/.probe-1": "a name of the operator's own",
 }
-"""Refused; a part of what the library's message says. Each text can stand in a YAML file."""

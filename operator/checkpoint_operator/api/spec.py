@@ -33,6 +33,11 @@ def _rules(*rules: dict[str, str], **more: Any) -> Any:
     return {"x-kubernetes-validations": list(rules), **more}
 
 
+def _uri_rule(rule: str, must: str) -> dict[str, str]:
+    """A rule of target.uri. The message repeats the value, unless there may be a password or a signature in it."""
+    return _rule(rule, must, expression=f"""'spec.target.uri ' + (self.matches('[@?]') ? '' : self + ' ') + "{must}\"""")
+
+
 class ClaimReference(ApiModel):
     claim_name: Name = Field(description="Name of a PersistentVolumeClaim in the artifact's namespace.")
 
@@ -123,40 +128,28 @@ class ArtifactTarget(ApiModel):
             "file:///path inside target.persistentVolumeClaim. One place holds one checkpoint. No credentials, no query."
         ),
         json_schema_extra=_rules(
-            _rule(
-                "self.matches('^(file|s3|gs|azure)://')",
-                "must begin with file://, s3://, gs:// or azure://",
-                expression=('"spec.target.uri \'" + self + "\' must begin with file://, s3://, gs:// or azure://"'),
-            ),
-            _rule(
+            _uri_rule("self.matches('^(file|s3|gs|azure)://')", "must begin with file://, s3://, gs:// or azure://"),
+            _uri_rule(
                 "!self.matches('^[^/]*//[^/]*@')",
                 "has user information before '@': credentials never go into a URI, use target.credentialsSecretRef",
             ),
-            _rule(
-                "!self.matches('[?#]')",
-                "must have no query and no fragment",
-                expression="\"spec.target.uri '\" + self + \"' must have no query ('?') and no fragment ('#')\"",
-            ),
-            _rule(
+            _uri_rule("!self.matches('[?#]')", "must have no query ('?') and no fragment ('#')"),
+            _uri_rule(
                 "!self.matches('^(file|s3|gs|azure)://') || self.matches('^[^/]*//[^/]*@') || "
                 "self.matches('^(file://|s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]|"
                 "gs://[a-z0-9][a-z0-9._-]{1,220}[a-z0-9])/') || "
                 # RE2 has no look-ahead: no two hyphens in a row, and the length, are two patterns.
                 "self.matches('^azure://[a-z0-9](-?[a-z0-9])+/') && self.matches('^azure://[^/]{3,63}/')",
-                "must name a valid bucket or container; a file URI has three slashes: file:///path",
-                expression=(
-                    '"spec.target.uri \'" + self + "\' must name a valid bucket or container '
-                    '(3-63 of a-z 0-9 - .), and a file URI has three slashes: file:///path"'
-                ),
+                "must name a valid bucket or container (3-63 of a-z 0-9 - .), and a file URI has three slashes: file:///path",
             ),
-            _rule(
+            _uri_rule(
                 "!self.matches('^[^/]*//[^/]*/') || self.matches('^[^/]*//[^/]*(/[^/]+)+/?$') && "
                 r"!self.matches('/[.]{1,2}(/|$)') && !self.matches('[\\\\\\x00-\\x1f\\x7f]')",
-                "must have a path without '..', '.', '//', backslashes or control characters",
-                expression=(
-                    '"spec.target.uri \'" + self + "\' must have a path (one folder for each checkpoint) without '
-                    "'..', '.', '//', backslashes or control characters\""
-                ),
+                "must have a path (a folder for each checkpoint) without '..', '.', '//', backslashes or control characters",
+            ),
+            _uri_rule(
+                "!self.matches('/[.](metadata[.]json|metadata[.]deleting[.]json|partial-[^/]*|probe-[^/]*)(/|$)')",
+                "must not use the operator's own names: .metadata.json, .metadata.deleting.json, .partial-*, .probe-*",
             ),
         ),
     )

@@ -25,6 +25,10 @@ _BUCKET = {
 }
 
 
+# Markers, staging folders and probes: a target of that name would be taken for one of them.
+_RESERVED = re.compile(r"\.metadata\.json|\.metadata\.deleting\.json|\.partial-.*|\.probe-.*")
+
+
 class InvalidURI(ValueError):
     """The text is no target URI; the message names the text, what is wrong with it, and the way out."""
 
@@ -106,6 +110,8 @@ class TargetURI:
         for segment in path.split("/"):
             if problem := bad_segment(segment):
                 raise InvalidURI(f"{shown!r} has {problem} in its path: write the path out in full")
+            if _RESERVED.fullmatch(segment):
+                raise InvalidURI(f"'{shown}' uses '{segment}', a name of the operator's own: choose another one")
         return cls(scheme, bucket, path)
 
     def __str__(self) -> str:

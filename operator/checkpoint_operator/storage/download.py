@@ -44,7 +44,10 @@ def download(manifest: Manifest, fetch: Fetch, destination: Path, meter: Meter) 
         _download(manifest, fetch, destination, meter)
     except OSError as error:
         raise StorageError(
-            Reason.REQUEST_REJECTED, f"writing to '{destination}' failed: {error.strerror}", path=str(destination)
+            Reason.REQUEST_REJECTED,
+            f"writing to '{destination}' failed: {error.strerror}",
+            operation="download",
+            path=str(destination),
         ) from error
 
 

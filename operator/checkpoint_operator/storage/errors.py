@@ -2,6 +2,17 @@
 
 from checkpoint_operator.api.errors import FAILURES, ErrorCode, Reason, Retry
 
+_BY_OPERATION = {
+    "fetch": ErrorCode.DOWNLOAD,
+    "download": ErrorCode.DOWNLOAD,
+    "read": ErrorCode.METADATA,
+    "head": ErrorCode.METADATA,
+    "list": ErrorCode.METADATA,
+    "list uploads": ErrorCode.METADATA,
+    "delete": ErrorCode.METADATA,
+    "get manifest": ErrorCode.METADATA,
+}
+
 
 class StorageError(Exception):
     """An operation failed.
@@ -21,6 +32,9 @@ class StorageError(Exception):
 
     @property
     def code(self) -> ErrorCode:
+        if self.reason is Reason.REQUEST_REJECTED:
+            # What a refusal means to a caller depends on what was asked.
+            return _BY_OPERATION.get(self.context.get("operation", ""), ErrorCode.UPLOAD)
         return FAILURES[self.reason].code
 
     @property
