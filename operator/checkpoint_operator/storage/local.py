@@ -24,15 +24,27 @@ from checkpoint_operator.storage import marker
 from checkpoint_operator.storage.backend import DeleteRequest, Report, UploadRequest
 from checkpoint_operator.storage.download import check_names, download
 from checkpoint_operator.storage.errors import StorageError
-from checkpoint_operator.storage.manifest import FileTable, Link, StoredFile, content_digest
+from checkpoint_operator.storage.folders import (
+    DIRECTORY,
+    make_below,
+    make_link,
+    open_file,
+    open_in,
+    opened_below,
+    remove_except,
+    sync_folders,
+    unlink_below,
+    write_all,
+    write_durably,
+)
+from checkpoint_operator.storage.manifest import FileTable, StoredFile, content_digest
 from checkpoint_operator.storage.marker import DELETING_NAME, ForeignMarker, Manifest, Seen
 from checkpoint_operator.storage.objects import derive_uid, require_manifest, unique_place
-from checkpoint_operator.storage.source import OpenFile, SourceFile, SourceTree, open_below
+from checkpoint_operator.storage.source import OpenFile, SourceFile, SourceTree
 from checkpoint_operator.storage.transfer import Cancelled, Meter
 
 PARTIAL = ".partial-"
 CHUNK = 4 << 20
-_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 _REASONS = {
     errno.EACCES: Reason.CREDENTIALS_REFUSED,
@@ -80,9 +92,9 @@ class LocalStorageBackend:
                     Reason.SOURCE_CHANGED, "files were added, removed or written while the checkpoint was stored"
                 )
             for path in table.empty_directories:
-                os.close(_make_below(staging, path))
+                os.close(make_below(staging, path))
             for link in table.links:
-                _make_link(staging, link)
+                make_link(staging, link.path, link.target)
             manifest = Manifest(
                 artifact_uid=uid,
                 claim_id=marker.new_claim_id(),
@@ -97,8 +109,8 @@ class LocalStorageBackend:
                 table=table,
             )
             data = marker.encode(manifest)
-            _write_durably(staging, MARKER_NAME, data)
-            _sync_folders(staging)
+            write_durably(staging, MARKER_NAME, data)
+            sync_folders(staging)
             try:
                 os.rename(PARTIAL + uid, name, src_dir_fd=parent, dst_dir_fd=parent)
             except OSError as error:
@@ -124,18 +136,18 @@ class LocalStorageBackend:
         if layout is Layout.PLAIN:
             return [uri]
         with suppress(FileNotFoundError, NotADirectoryError), ExitStack() as stack:
-            folder = _open(stack, self._root, uri.path)
+            folder = open_in(stack, self._root, uri.path)
             return [uri.child(name) for name in sorted(os.listdir(folder)) if name.startswith(f"{uid}-")]
         return []
 
     def download_artifact(self, uri: TargetURI, destination: Path, report: Report | None = None) -> ArtifactMetadata:
         manifest = self.get_manifest(uri)
         with ExitStack() as stack, _errors(uri, "download"):
-            folder = _open(stack, self._root, uri.path)
+            folder = open_in(stack, self._root, uri.path)
 
             def fetch(file: StoredFile, start: int, length: int) -> bytes:
                 try:
-                    with _open_file(folder, file.path, os.O_RDONLY) as descriptor:
+                    with open_file(folder, file.path, os.O_RDONLY) as descriptor:
                         status = os.fstat(descriptor)
                         if status.st_size == file.size and stat.S_ISREG(status.st_mode):
                             scanned = SourceFile(file.path, status.st_size, status.st_mtime_ns, status.st_ino, 0)
@@ -161,7 +173,7 @@ class LocalStorageBackend:
                     said.append(_delete(parent, name, place, request))
             if request.layout is Layout.UNIQUE and request.uid:
                 with suppress(FileNotFoundError, NotADirectoryError), ExitStack() as stack:
-                    _remove_staging(_open(stack, self._root, request.uri.path), request.uid, request.uri)
+                    _remove_staging(open_in(stack, self._root, request.uri.path), request.uid, request.uri)
         return "; ".join(said) or "nothing is left there"
 
     def list_artifacts(self, prefix: TargetURI, artifact_type: str | None = None) -> Iterator[ArtifactMetadata]:
@@ -186,25 +198,25 @@ class LocalStorageBackend:
     def get_manifest(self, uri: TargetURI) -> Manifest:
         with _errors(uri, "get manifest"), ExitStack() as stack:
             try:
-                folder = _open(stack, self._root, uri.path)
+                folder = open_in(stack, self._root, uri.path)
             except (FileNotFoundError, NotADirectoryError):
                 return require_manifest(None, uri)
             return require_manifest(_read_manifest(folder, MARKER_NAME, uri), uri)
 
     def _parent(self, stack: ExitStack, place: TargetURI, tree: SourceTree) -> tuple[int, str]:
         """The open folder that the target lies in (made if need be), and the target's name."""
-        folder = _open(stack, self._root, "")
+        folder = open_in(stack, self._root, "")
         *parents, name = place.path.split("/")
         for segment in parents:
             _refuse_inside_source(folder, tree, place)
-            folder = _make_below(folder, segment)
+            folder = make_below(folder, segment)
             stack.callback(os.close, folder)
         _refuse_inside_source(folder, tree, place)
         return folder, name
 
     def _existing_parent(self, stack: ExitStack, place: TargetURI) -> tuple[int, str]:
         parents, _, name = place.path.rpartition("/")
-        return _open(stack, self._root, parents), name
+        return open_in(stack, self._root, parents), name
 
 
 def _refuse_inside_source(folder: int, tree: SourceTree, place: TargetURI) -> None:
@@ -250,7 +262,7 @@ def _read_marker(parent: int, name: str, place: TargetURI) -> Seen | None:
     """
     with ExitStack() as stack:
         try:
-            folder = os.open(name, _DIRECTORY, dir_fd=parent)
+            folder = os.open(name, DIRECTORY, dir_fd=parent)
         except FileNotFoundError:
             return None
         except (NotADirectoryError, OSError) as error:
@@ -272,7 +284,7 @@ def _not_empty(place: TargetURI, what: str) -> StorageError:
 
 def _read_manifest(folder: int, name: str, place: TargetURI) -> Seen | None:
     try:
-        with _open_file(folder, name, os.O_RDONLY) as descriptor, os.fdopen(os.dup(descriptor), "rb") as file:
+        with open_file(folder, name, os.O_RDONLY) as descriptor, os.fdopen(os.dup(descriptor), "rb") as file:
             return marker.decode(file.read(), "", str(place))
     except FileNotFoundError:
         return None
@@ -283,7 +295,7 @@ def _staging(parent: int, uid: str, place: TargetURI) -> Iterator[int]:
     """The locked staging folder of an artifact; an earlier attempt's is taken over."""
     with suppress(FileExistsError):
         os.mkdir(PARTIAL + uid, 0o777, dir_fd=parent)
-    folder = os.open(PARTIAL + uid, _DIRECTORY, dir_fd=parent)
+    folder = os.open(PARTIAL + uid, DIRECTORY, dir_fd=parent)
     try:
         _lock_staging(parent, folder, uid, place)
         with suppress(FileNotFoundError):
@@ -317,7 +329,7 @@ def _lock_staging(parent: int, folder: int, uid: str, place: TargetURI) -> None:
 def _copy_all(tree: SourceTree, files: tuple[SourceFile, ...], staging: int, request: UploadRequest) -> list[StoredFile]:
     meter = Meter(request.report)
     meter.start(Stage.UPLOADING, len(files), sum(file.size for file in files))
-    _remove_except(staging, {file.path for file in files})
+    remove_except(staging, {file.path for file in files})
     stored = []
     for file in files:
         with tree.open(file) as source:
@@ -326,7 +338,7 @@ def _copy_all(tree: SourceTree, files: tuple[SourceFile, ...], staging: int, req
         meter.add(0, files=1)
     meter.stage(Stage.VERIFYING)
     for one in stored:
-        with _open_file(staging, one.path, os.O_RDONLY) as descriptor:
+        with open_file(staging, one.path, os.O_RDONLY) as descriptor:
             if (size := os.fstat(descriptor).st_size) != one.size:
                 raise StorageError(Reason.INTEGRITY_MISMATCH, f"'{one.path}' has {size} bytes after {one.size} were written")
     return stored
@@ -336,15 +348,15 @@ def _copy(source: OpenFile, staging: int, request: UploadRequest, meter: Meter) 
     """Copy one file durably; what an earlier attempt left is rewritten only where it differs."""
     file, digest = source.file, hashlib.sha256()
     parent, _, _ = file.path.rpartition("/")
-    os.close(_make_below(staging, parent))
-    with _open_file(staging, file.path, os.O_RDWR | os.O_CREAT, 0o666) as target:
+    os.close(make_below(staging, parent))
+    with open_file(staging, file.path, os.O_RDWR | os.O_CREAT, 0o666) as target:
         for offset in range(0, file.size, CHUNK):
             if request.cancelled.is_set():
                 raise Cancelled
             body = source.read(offset, min(CHUNK, file.size - offset))
             digest.update(body)
             if os.pread(target, len(body), offset) != body:
-                _write_all(target, body, offset)
+                write_all(target, body, offset)
             meter.add(len(body))
         os.ftruncate(target, file.size)
         source.check_unchanged()
@@ -369,7 +381,7 @@ def _hash_all(tree: SourceTree, files: tuple[SourceFile, ...], request: UploadRe
 
 def _delete(parent: int, name: str, place: TargetURI, request: DeleteRequest) -> str:
     with ExitStack() as stack:
-        folder = os.open(name, _DIRECTORY, dir_fd=parent)
+        folder = os.open(name, DIRECTORY, dir_fd=parent)
         stack.callback(os.close, folder)
         _lock(folder, place)
         try:
@@ -391,11 +403,11 @@ def _delete(parent: int, name: str, place: TargetURI, request: DeleteRequest) ->
             os.fsync(folder)
         table = manifest.table
         for path in (*(file.path for file in table.files), *(link.path for link in table.links)):
-            _unlink_below(folder, path)
+            unlink_below(folder, path)
         os.unlink(DELETING_NAME, dir_fd=folder)
         for path in _folders_of(table):
             above, _, last = path.rpartition("/")
-            with suppress(OSError), _opened_below(folder, above) as directory:
+            with suppress(OSError), opened_below(folder, above) as directory:
                 os.rmdir(last, dir_fd=directory)
         with suppress(OSError):
             os.rmdir(name, dir_fd=parent)
@@ -418,106 +430,11 @@ def _folders_of(table: FileTable) -> list[str]:
 
 def _remove_staging(parent: int, uid: str, place: TargetURI) -> None:
     with suppress(FileNotFoundError), ExitStack() as stack:
-        folder = os.open(PARTIAL + uid, _DIRECTORY, dir_fd=parent)
+        folder = os.open(PARTIAL + uid, DIRECTORY, dir_fd=parent)
         stack.callback(os.close, folder)
         _lock_staging(parent, folder, uid, place)
-        _remove_except(folder, set())
+        remove_except(folder, set())
         os.rmdir(PARTIAL + uid, dir_fd=parent)
-
-
-def _remove_except(folder: int, keep: set[str], prefix: str = "") -> None:
-    """Remove everything from a staging folder but the regular files in ``keep``, and folders that become empty."""
-    for name in os.listdir(folder):
-        path = prefix + name
-        kind = os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode
-        if stat.S_ISDIR(kind):
-            deeper = os.open(name, _DIRECTORY, dir_fd=folder)
-            try:
-                _remove_except(deeper, keep, f"{path}/")
-            finally:
-                os.close(deeper)
-            with suppress(OSError):
-                os.rmdir(name, dir_fd=folder)
-        elif path not in keep or not stat.S_ISREG(kind):
-            os.unlink(name, dir_fd=folder)
-
-
-def _make_link(folder: int, link: Link) -> None:
-    above, _, name = link.path.rpartition("/")
-    os.close(_make_below(folder, above))
-    with _opened_below(folder, above) as directory:
-        os.symlink(link.target, name, dir_fd=directory)
-
-
-def _unlink_below(folder: int, path: str) -> None:
-    above, _, name = path.rpartition("/")
-    with suppress(FileNotFoundError, NotADirectoryError), _opened_below(folder, above) as directory:
-        os.unlink(name, dir_fd=directory)
-
-
-def _write_durably(folder: int, name: str, data: bytes) -> None:
-    with _open_file(folder, name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666) as descriptor:
-        _write_all(descriptor, data, 0)
-        os.fsync(descriptor)
-
-
-def _write_all(descriptor: int, data: bytes, offset: int) -> None:
-    view = memoryview(data)
-    while view:
-        written = os.pwrite(descriptor, view, offset)
-        view, offset = view[written:], offset + written
-
-
-def _sync_folders(folder: int) -> None:
-    """fsync a folder and every folder below it: a rename is durable only when the names are."""
-    for name in os.listdir(folder):
-        if stat.S_ISDIR(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode):
-            with _opened_below(folder, name) as deeper:
-                _sync_folders(deeper)
-    os.fsync(folder)
-
-
-def _open(stack: ExitStack, root: str, path: str) -> int:
-    top = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    stack.callback(os.close, top)
-    folder = open_below(top, path)
-    stack.callback(os.close, folder)
-    return folder
-
-
-@contextmanager
-def _opened_below(folder: int, path: str) -> Iterator[int]:
-    descriptor = open_below(folder, path)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
-def _make_below(folder: int, path: str) -> int:
-    """Like :func:`open_below`, making what is missing."""
-    current = os.dup(folder)
-    for segment in [part for part in path.split("/") if part]:
-        try:
-            with suppress(FileExistsError):
-                os.mkdir(segment, 0o777, dir_fd=current)
-            deeper = os.open(segment, _DIRECTORY, dir_fd=current)
-        finally:
-            os.close(current)
-        current = deeper
-    return current
-
-
-@contextmanager
-def _open_file(folder: int, path: str, flags: int, mode: int = 0) -> Iterator[int]:
-    above, _, name = path.rpartition("/")
-    with _opened_below(folder, above) as directory:
-        # O_NONBLOCK means nothing to a file; a FIFO that somebody planted would block us for ever.
-        descriptor = os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, mode, dir_fd=directory)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

@@ -4,7 +4,6 @@ The mover may be more powerful than whoever owns the volume, so every name is op
 O_NOFOLLOW: a folder that is swapped for a symlink between scan and read gives an error, not another file's content.
 """
 
-import errno
 import os
 import stat
 from collections.abc import Iterator, Sequence
@@ -17,10 +16,10 @@ from checkpoint_operator.api.errors import Reason
 from checkpoint_operator.api.names import MARKER_NAME, PROBE_PREFIX
 from checkpoint_operator.api.uris import bad_segment
 from checkpoint_operator.storage.errors import StorageError
+from checkpoint_operator.storage.folders import DIRECTORY, open_below, open_directory
 from checkpoint_operator.storage.manifest import Link, digest_lines, link_problem
 from checkpoint_operator.storage.marker import DELETING_NAME
 
-_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _GLOB = glob.GLOBSTAR | glob.DOTGLOB | glob.MATCHBASE | glob.FORCEUNIX
 
 
@@ -58,33 +57,6 @@ class Listing:
                 *(["directory", path] for path in self.empty_directories),
             ]
         )
-
-
-def open_directory(root: str, path: str) -> int:
-    """Open ``path`` below ``root`` without following a symlink below the root; the caller closes the descriptor.
-
-    Raises:
-        OSError: as open(2) gives it; ELOOP or ENOTDIR where a component is a symlink or no folder.
-    """
-    descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        return open_below(descriptor, path)
-    finally:
-        os.close(descriptor)
-
-
-def open_below(directory: int, path: str) -> int:
-    """Like :func:`open_directory`, starting from an open folder, which stays open."""
-    current = os.dup(directory)
-    for segment in [part for part in path.split("/") if part not in ("", ".")]:
-        try:
-            if segment == "..":
-                raise NotADirectoryError(errno.ENOTDIR, "'..' is not followed", path)
-            deeper = os.open(segment, _DIRECTORY, dir_fd=current)
-        finally:
-            os.close(current)
-        current = deeper
-    return current
 
 
 @dataclass(frozen=True)
@@ -139,7 +111,7 @@ class SourceTree:
             if stat.S_ISREG(kind):
                 self._single, self._descriptor = name, os.dup(above)
             else:
-                self._descriptor = os.open(name, _DIRECTORY, dir_fd=above)
+                self._descriptor = os.open(name, DIRECTORY, dir_fd=above)
         except FileNotFoundError as error:
             there = "what this user may not list"
             with suppress(PermissionError):
@@ -239,7 +211,7 @@ class SourceTree:
         self, name: str, directory: int, path: str
     ) -> Iterator[tuple[str, os.stat_result | None, str | None]]:
         try:
-            descriptor = os.open(name, _DIRECTORY, dir_fd=directory)
+            descriptor = os.open(name, DIRECTORY, dir_fd=directory)
         except OSError as error:
             raise self._cannot_open(error, path) from error
         try:
