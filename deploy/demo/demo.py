@@ -87,6 +87,13 @@ def start_operator(cluster: lc.Cluster, store: lc.ObjectStore, session: Session)
     session.start("operator", command.argv, env=command.env)
 
 
+def remove_from(cluster: lc.Cluster) -> None:
+    """Take what the demo made out of a cluster that stays, while the operator still runs and can let the object go."""
+    kubectl(cluster, "delete", "ckpt", NAME, "-n", NAMESPACE, "--ignore-not-found", "--timeout=60s", check=False)
+    kubectl(cluster, "delete", "namespace", NAMESPACE, "--wait=false", check=False)
+    say("the namespace was removed again; the CRD and deploy/rbac.yaml stay installed")
+
+
 def watch_until_ready(cluster: lc.Cluster, session: Session) -> dict[str, Any]:
     """Print the table until the artifact is Ready; its status."""
     print(f"$ kubectl get checkpointartifacts -n {NAMESPACE}", flush=True)
@@ -143,6 +150,8 @@ def run(keep: bool) -> None:
         say("a checkpoint that a real DPO training (TRL with LoRA) wrote lies on the volume: checkpoint-2")
         say("the operator, with the rights of its service account")
         start_operator(cluster, store, session)
+        if cluster.provider == "existing":
+            stack.callback(remove_from, cluster)
         say("the training says 'saved': it creates a CheckpointArtifact")
         print((HERE / "artifact.yaml").read_text())
         kubectl(cluster, "apply", "-f", str(HERE / "artifact.yaml"))

@@ -1,8 +1,12 @@
 """An operator that cannot work says so at once, instead of looking as if it were waiting."""
 
+import json
 import os
+import socket
 import subprocess
 import sys
+import time
+import urllib.request
 from pathlib import Path
 
 import local_cluster as lc
@@ -57,3 +61,27 @@ def test_a_wrong_setting_refuses_to_start_by_name() -> None:
     assert done.returncode == 2
     assert "CHECKPOINT_OPERATOR_RESYNC_SECONDS" in done.stderr
     assert "'never'" in done.stderr
+
+
+def test_the_liveness_probe_answers(cluster: lc.Cluster, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"http://127.0.0.1:{free.getsockname()[1]}/healthz"
+    command = operator_command(cluster, tmp_path, [], f"--probe-address={address}", "--log-format=json")
+    env = {**command.env, "PATH": os.environ["PATH"]}
+    process = subprocess.Popen(command.argv, env=env, stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 30
+        while True:
+            try:
+                with urllib.request.urlopen(address, timeout=5) as answer:
+                    assert answer.status == 200
+                break
+            except OSError:
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+    finally:
+        process.terminate()
+        _, log = process.communicate(timeout=30)
+    assert process.returncode == 0
+    lines = [json.loads(line) for line in log.splitlines()]
+    assert {"time", "level", "logger", "message"} <= set(lines[0])
