@@ -109,7 +109,7 @@ def test_the_same_content_is_shared_and_stays_while_somebody_names_it(operator: 
     operator.kubectl("delete", "ckpt", "sharer", "--wait=false")
     operator.wait_gone("sharer")
     assert len(operator.objects("main-job/shared")) == 12
-    assert ("Normal", "DataKept", f"{uri} was kept: main-job/sharer names it too") in operator.events("owner")
+    assert ("Normal", "DataKept", f"{uri} was kept: sharer names it too") in operator.events("owner")
 
 
 def test_another_checkpoint_at_the_same_place_is_refused_and_the_first_stays(operator: Operator) -> None:
@@ -256,7 +256,7 @@ def test_delete_removes_what_was_stored_and_retain_keeps_it(operator: Operator) 
     operator.wait_gone("staying")
     assert operator.objects("main-job/going") == {}
     assert len(operator.objects("main-job/staying")) == 12
-    assert ("Normal", "DataRemoved") in {event[:2] for event in operator.events("going")}
+    assert ("Normal", "Cleaned") in {event[:2] for event in operator.events("going")}
 
 
 def test_no_secret_is_in_a_status_an_event_or_the_log(operator: Operator) -> None:

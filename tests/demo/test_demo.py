@@ -6,25 +6,26 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from local_cluster.build import build
 from local_cluster.operator_process import ROOT
 from local_cluster.paths import cache_root
+from local_cluster.providers import programs_dir, silent
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _built() -> None:
-    build()
+    programs_dir(silent)
 
 
 class Demo:
     """The demo as a process, with a temp folder and a cache of its own, so that what it leaves behind can be counted."""
 
-    def __init__(self, folder: Path, **env: str) -> None:
+    def __init__(self, folder: Path) -> None:
         self.temp = folder / "t"
         self.temp.mkdir()
         cache = folder / "cache"
@@ -36,15 +37,17 @@ class Demo:
             "PYTHONPATH": str(ROOT / "deploy" / "local"),
             "TMPDIR": str(self.temp),
             "CHECKPOINT_OPERATOR_CACHE": str(cache),
-            **env,
         }
+        if "KUBEBUILDER_ASSETS" in os.environ:
+            self.env["KUBEBUILDER_ASSETS"] = os.environ["KUBEBUILDER_ASSETS"]
         self.output = ""
         self._seen = threading.Condition()
 
-    def start(self, *arguments: str) -> None:
+    def start(self, *arguments: str, **env: str) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, str(ROOT / "deploy" / "demo" / "demo.py"), *arguments],
-            env=self.env,
+            [sys.executable, str(ROOT / "deploy" / "demo"), *arguments],
+            env={**self.env, **env},
+            stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -74,54 +77,54 @@ class Demo:
         found = []
         for process in Path("/proc").glob("[0-9]*"):
             try:
-                if str(self.temp).encode() in (process / "cmdline").read_bytes():
-                    found.append((process / "cmdline").read_text())
+                texts = [(process / name).read_bytes() for name in ("cmdline", "environ")]
             except OSError:
                 continue
+            if any(str(self.temp).encode() in text for text in texts):
+                found.append(texts[0].decode(errors="replace"))
         return found + [str(path) for path in self.temp.rglob("*") if path.is_file()]
 
 
 @pytest.fixture
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Demo]:
-    made = Demo(tmp_path_factory.mktemp("d"))
-    yield made
-    if made.process.poll() is None:
-        made.process.kill()
-        made.end()
+def new_demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], Demo]]:
+    made: list[Demo] = []
+
+    def make() -> Demo:
+        made.append(Demo(tmp_path_factory.mktemp("d")))
+        return made[-1]
+
+    yield make
+    for demo in made:
+        if demo.process.poll() is None:
+            demo.process.kill()
+            demo.end()
 
 
-def test_it_shows_the_table_and_the_proof_and_ends_by_itself(demo: Demo) -> None:
-    demo.start()
-    assert demo.end() == 0, demo.output
+def assert_shows_everything(demo: Demo) -> None:
     assert "$ kubectl get checkpointartifacts -n demo" in demo.output
     assert re.search(r"NAME +TYPE +PHASE +PROGRESS +SIZE +JOB +STEP +LOSS +AGE", demo.output)
     assert re.search(r"dpo-llama-2 +checkpoint +Ready +100% +60Ki +dpo-llama +2 +0\.69 +\d+s", demo.output)
     assert "storageURI:     s3://checkpoints/experiments/dpo-llama/checkpoint-2" in demo.output
-    assert "experiments/dpo-llama/checkpoint-2/adapter_model.safetensors" in demo.output
+    assert re.search(r" \d+  experiments/dpo-llama/checkpoint-2/adapter_model\.safetensors\n", demo.output)
+    assert "the manifest in the bucket has the digest that the status names" in demo.output
     assert "compared 11 files, 61335 bytes: every byte is what the training wrote" in demo.output
-    assert demo.left() == []
 
 
-@pytest.mark.parametrize("moment", ["==> Kubernetes", "==> S3", "==> the operator", "$ kubectl get checkpointartifacts"])
-def test_ctrl_c_at_any_moment_leaves_nothing_and_no_traceback(demo: Demo, moment: str) -> None:
-    demo.start()
-    demo.wait_for(moment)
-    demo.process.send_signal(signal.SIGINT)
-    assert demo.end() == 130, demo.output
-    assert "interrupted; everything was stopped" in demo.output
-    assert "Traceback" not in demo.output
-    assert demo.left() == []
+def test_two_at_once_show_everything_and_only_what_is_to_be_kept_stays(new_demo: Callable[[], Demo]) -> None:
+    ends, kept = new_demo(), new_demo()
+    ends.start()
+    kept.start(KEEP="1")
+    assert ends.end() == 0, ends.output
+    assert_shows_everything(ends)
+    assert ends.left() == []
 
-
-def test_what_is_kept_runs_until_it_is_stopped(demo: Demo) -> None:
-    demo.env["KEEP"] = "1"
-    demo.start()
-    assert demo.end() == 0, demo.output
-    exports = dict(re.findall(r"^export (\w+)=(.*)$", demo.output, re.MULTILINE))
+    assert kept.end() == 0, kept.output
+    assert_shows_everything(kept)
+    exports = dict(re.findall(r"^export (\w+)=(.*)$", kept.output, re.MULTILINE))
     shown = subprocess.run(
         ["kubectl", "get", "ckpt", "-n", "demo", "dpo-llama-2"],
         env={
-            "HOME": str(demo.temp.parent),
+            "HOME": str(kept.temp.parent),
             "KUBECONFIG": exports["KUBECONFIG"],
             "PATH": exports["PATH"].replace("$PATH", os.environ["PATH"]),
         },
@@ -130,7 +133,44 @@ def test_what_is_kept_runs_until_it_is_stopped(demo: Demo) -> None:
         check=True,
     )
     assert "Ready" in shown.stdout
-    demo.start("down")
-    assert demo.end() == 0
-    assert "==> stopped the demo" in demo.output
+    kept.start("down")
+    assert kept.end() == 0, kept.output
+    assert "==> stopped the demo that was kept running" in kept.output
+    assert kept.left() == []
+
+
+def test_ctrl_c_and_a_kill_in_the_middle_leave_nothing(new_demo: Callable[[], Demo]) -> None:
+    interrupted, killed = new_demo(), new_demo()
+    for demo in (interrupted, killed):
+        demo.start()
+    for demo, number in ((interrupted, signal.SIGINT), (killed, signal.SIGKILL)):
+        demo.wait_for("$ kubectl get checkpointartifacts")
+        demo.process.send_signal(number)
+    assert interrupted.end() == 130, interrupted.output
+    assert "==> interrupted; everything was stopped" in interrupted.output
+    assert "Traceback" not in interrupted.output
+    assert interrupted.left() == []
+
+    assert killed.end() == -signal.SIGKILL
+    deadline = time.monotonic() + 20
+    while killed.left() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert killed.left() == []
+
+
+@pytest.mark.parametrize("moment", ["A checkpoint that", "==> Kubernetes"])
+def test_ctrl_c_at_the_start_gives_no_traceback(new_demo: Callable[[], Demo], moment: str) -> None:
+    demo = new_demo()
+    demo.start()
+    demo.wait_for(moment)
+    demo.process.send_signal(signal.SIGINT)
+    assert demo.end() == 130, demo.output
+    assert "Traceback" not in demo.output
     assert demo.left() == []
+
+
+def test_a_word_that_is_no_command_is_an_error_with_the_way_out(new_demo: Callable[[], Demo]) -> None:
+    demo = new_demo()
+    demo.start("dwon")
+    assert demo.end() == 1
+    assert demo.output == "error: 'dwon' is no command of the demo; there is one, 'down'\n"

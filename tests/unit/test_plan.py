@@ -185,6 +185,17 @@ CASES: dict[str, Case] = {
     "a mover that is gone without a word (an operator restarted) is started again, and no attempt is counted": Case(
         artifact(launched()), Start, facts={"status.launches": 2, "status.attempts": 0, "status.start_time": ago(60)}
     ),
+    "a start that follows a vanished mover counts it as lost": Case(
+        artifact(launched(lost=3)), Start, facts={"status.lost": 4}
+    ),
+    "a start that follows anything else begins to count anew": Case(
+        artifact(launched("Waiting", nextRetryTime=wire(NOW), lost=3)), Start, facts={"status.lost": 0}
+    ),
+    "a mover that takes the operator down with it again and again is given up": Case(
+        artifact(launched(lost=6)),
+        Record,
+        facts={"status.phase": "Failed", "status.failure.reason": "MoverKilled", "status.attempts": 0},
+    ),
     "a mover of an earlier operator is waited for": Case(
         artifact(launched()), Record, mover=EarlierMover(), facts={"status.phase": "Waiting", "seconds": 2}
     ),
@@ -436,7 +447,28 @@ CASES: dict[str, Case] = {
         artifact(launched("Deleting", "Delete"), deleted=True),
         RemoveFinalizer,
         mover=FinishedMover(0, Result(deleted="nothing is left there")),
-        facts={"event.reason": "DataRemoved", "event.message": "nothing is left there"},
+        facts={"event.reason": "Cleaned", "event.message": "nothing is left there"},
+    ),
+    "a deletion that is done says so, although another artifact names the place by now": Case(
+        artifact(launched("Deleting", "Delete", storageURI="s3://bucket/c"), {"deletionPolicy": "Delete"}, deleted=True),
+        RemoveFinalizer,
+        mover=FinishedMover(0, Result(deleted="nothing is left there")),
+        also_stored_by="other",
+        facts={"event.reason": "Cleaned"},
+    ),
+    "a deletion that has begun goes on, although the policy was changed to Retain": Case(
+        artifact(launched("Deleting", "Delete", storageURI="s3://bucket/c"), deleted=True),
+        Start,
+        facts={"operation": Operation.DELETE},
+    ),
+    "a deletion that has begun stops before data that another artifact became Ready with": Case(
+        artifact(launched("Deleting", "Delete", storageURI="s3://bucket/c"), {"deletionPolicy": "Delete"}, deleted=True),
+        RemoveFinalizer,
+        also_stored_by="other",
+        facts={"event.reason": "DataKept"},
+    ),
+    "data whose commit was never written into the status is kept where another artifact names it": Case(
+        artifact(launched(), deleted=True), RemoveFinalizer, also_stored_by="other", facts={"event.reason": "DataKept"}
     ),
     "a deletion that failed is tried again, whatever the class of the failure, and names the way out": Case(
         artifact(launched("Deleting", "Delete"), deleted=True),

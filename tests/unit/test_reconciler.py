@@ -5,9 +5,9 @@ from typing import Any
 from checkpoint_operator.controller.reconciler import ArtifactCache, merge_patch
 
 
-def body(version: int, uid: str = "u", name: str = "a", **status: Any) -> dict[str, Any]:
+def body(version: int, uid: str = "u", name: str = "a", uri: str = "s3://b/x", **status: Any) -> dict[str, Any]:
     metadata = {"namespace": "ns", "name": name, "uid": uid, "resourceVersion": str(version), "managedFields": ["big"]}
-    return {"metadata": metadata, "status": status}
+    return {"metadata": metadata, "spec": {"target": {"uri": uri}}, "status": status}
 
 
 def version_of(cache: ArtifactCache) -> str:
@@ -47,13 +47,27 @@ def test_the_cache_does_not_keep_what_nobody_reads() -> None:
     assert "managedFields" not in found["metadata"]
 
 
-def test_only_a_ready_artifact_counts_as_naming_the_data() -> None:
+def test_only_a_ready_artifact_that_stays_counts_as_naming_the_data() -> None:
     cache = ArtifactCache()
-    cache.put(body(1, storageURI="s3://b/x", phase="Ready"))
-    cache.put(body(2, name="b", uid="v", storageURI="s3://b/x", phase="Deleting"))
-    assert cache.also_stored_by(("ns", "a"), "s3://b/x") is None
-    cache.put(body(3, name="c", uid="w", storageURI="s3://b/x", phase="Ready"))
-    assert cache.also_stored_by(("ns", "a"), "s3://b/x") == ("ns", "c")
+    cache.put(body(1, phase="Ready"))
+    cache.put(body(2, name="b", uid="v", phase="Deleting"))
+    leaving = body(3, name="c", uid="w", phase="Ready")
+    leaving["metadata"]["deletionTimestamp"] = "2026-11-24T12:00:00Z"
+    cache.put(leaving)
+    cache.put(body(4, name="d", uid="x", uri="s3://b/other", phase="Ready"))
+    assert [found["metadata"]["name"] for found in cache.ready_at("s3://b/x/")] == ["a"]
+
+
+def test_the_cache_does_not_grow_with_what_users_write_into_annotations() -> None:
+    cache = ArtifactCache()
+    big = body(1)
+    big["metadata"]["annotations"] = {"mine": "x" * 1000, "checkpoints.rlhf.dev/retry": "1"}
+    big["metadata"]["labels"] = {"mine": "x"}
+    cache.put(big)
+    found = cache.get(("ns", "a"))
+    assert found is not None
+    assert found["metadata"]["annotations"] == {"checkpoints.rlhf.dev/retry": "1"}
+    assert "labels" not in found["metadata"]
 
 
 def test_a_patch_has_what_changed_and_null_for_what_is_gone() -> None:

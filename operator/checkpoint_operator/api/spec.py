@@ -170,9 +170,9 @@ class ArtifactTarget(ApiModel):
             "mover's own identity is used."
         ),
     )
-    endpoint: Annotated[str, StringConstraints(max_length=512, pattern=r"^https?://[^/@?#\s]+(/[^?#\s]*)?$")] | None = Field(
-        default=None, description="Address of the store where it is not the cloud's own (http or https)."
-    )
+    endpoint: (
+        Annotated[str, StringConstraints(max_length=512, pattern=r"^https?://[^/@?# \t\r\n]+(/[^?# \t\r\n]*)?$")] | None
+    ) = Field(default=None, description="Address of the store where it is not the cloud's own (http or https).")
     region: Annotated[str, StringConstraints(max_length=64, pattern=r"^[A-Za-z0-9-]+$")] | None = Field(
         default=None, description="Region of the bucket."
     )

@@ -89,6 +89,9 @@ class ArtifactStatus(ApiModel):
     clean_launches: int = Field(
         default=0, ge=0, description="Starts that certainly wrote nothing; equal to launches: there is nothing to clean up."
     )
+    lost: int = Field(
+        default=0, ge=0, description="Consecutive starts whose mover vanished together with the operator, without a word."
+    )
     retries: int = Field(default=0, ge=0, description="Consecutive failures of any kind; the backoff grows with it.")
     mover: MoverStatus | None = Field(default=None, description="The mover that was started last.")
     start_time: datetime | None = Field(default=None, description="When the first mover was started.")

@@ -71,8 +71,11 @@ class Executor(Protocol):
     def stop(self, name: str, reason: StopReason) -> None:
         """Ask a mover to stop; its end is reported like any other."""
 
-    def stop_others(self, key: tuple[str, str], uid: str | None) -> None:
-        """Stop the movers of this name that belong to another object: theirs was deleted, finalizer or not."""
+    def stop_others(self, key: tuple[str, str], uid: str | None) -> bool:
+        """Stop the movers of this name that belong to another object: theirs was deleted, finalizer or not.
+
+        True while one of them is still running.
+        """
 
     def forget(self, name: str) -> None:
         """The status has what the finished mover said: drop it."""

@@ -147,11 +147,12 @@ class InlineExecutor:
         self._signal(child, signal.SIGTERM)
         asyncio.get_running_loop().call_later(KILL_AFTER, self._signal, child, signal.SIGKILL)
 
-    def stop_others(self, key: tuple[str, str], uid: str | None) -> None:
-        for name, child in list(self._children.items()):
-            if child.key == key and child.uid != uid:
-                self.stop(name, StopReason.DELETED)
-                self.forget(name)
+    def stop_others(self, key: tuple[str, str], uid: str | None) -> bool:
+        others = [name for name, child in self._children.items() if child.key == key and child.uid != uid]
+        for name in others:
+            self.stop(name, StopReason.DELETED)
+            self.forget(name)
+        return any(name in self._children for name in others)
 
     def forget(self, name: str) -> None:
         child = self._children.get(name)

@@ -61,8 +61,8 @@ class Kube:
                 if not token:
                     break
 
-    def _list(self, namespace: str | None, token: str | None, limit: int = PAGE) -> Awaitable[JsonObject]:
-        more: dict[str, Any] = {"limit": limit, "_request_timeout": TIMEOUT} | ({"_continue": token} if token else {})
+    def _list(self, namespace: str | None, token: str | None) -> Awaitable[JsonObject]:
+        more: dict[str, Any] = {"limit": PAGE, "_request_timeout": TIMEOUT} | ({"_continue": token} if token else {})
         if namespace is None:
             answer: Awaitable[JsonObject] = self._objects.list_cluster_custom_object(
                 names.GROUP, names.VERSION, names.PLURAL, **more
@@ -70,15 +70,6 @@ class Kube:
         else:
             answer = self._objects.list_namespaced_custom_object(names.GROUP, names.VERSION, namespace, names.PLURAL, **more)
         return answer
-
-    async def check_served(self, namespaces: tuple[str, ...]) -> None:
-        """One small request, to learn at the start what would else look like a hang.
-
-        Raises:
-            NotFound: the CRD is not installed. Forbidden: we lack the rights. KubeError: there is no API server.
-        """
-        for namespace in namespaces or (None,):
-            await self._ask(self._list(namespace, None, limit=1))
 
     async def get(self, namespace: str, name: str) -> JsonObject:
         """One artifact as it is now. Raises :class:`NotFound`."""

@@ -54,7 +54,6 @@ async def run(settings: Settings, inline: InlineConfig) -> None:
     """Run until a signal or a fatal error; movers are stopped before it returns."""
     queue: WorkQueue[Key] = WorkQueue()
     async with connect() as kube:
-        await kube.check_served(settings.namespace_list)
         executor = InlineExecutor(inline, settings.state_directory, queue.add, _utc_now)
         reconciler = Reconciler(
             kube,
@@ -73,6 +72,8 @@ async def run(settings: Settings, inline: InlineConfig) -> None:
         registry = kopf.OperatorRegistry()
         handlers.register(registry, reconciler)
         namespaces = settings.namespace_list
+        # Who decides about data must know everybody who names it: no worker starts on a cache that is half full.
+        await reconciler.resync(namespaces)
         tasks = [
             *(asyncio.create_task(reconciler.work(), name=f"worker {n}") for n in range(settings.reconcile_workers)),
             asyncio.create_task(resync_forever(reconciler, namespaces, settings.resync_seconds), name="resync"),

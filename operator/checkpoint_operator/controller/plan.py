@@ -4,6 +4,7 @@ Checks stand in a row; the first one that has something to say decides. What a d
 """
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
@@ -27,6 +28,11 @@ LOOK_AGAIN = 60.0
 """Seconds after which something is looked at again although an event should tell: events can be missed."""
 EARLIER_MOVER_POLL = 2.0
 REFUSED_DELETION_POLL = 60.0
+RETRY_MAX = 256
+"""Length of status.retryHandled in the schema."""
+LOST_FACTOR = 2
+"""A mover that vanishes with its operator counts no attempt, but after so many times ``max_attempts`` in a row it is the
+likely cause (memory), and must not take the operator down for ever."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +144,7 @@ def plan(seen: Observed, policy: Policy, now: datetime) -> Decision:
                 now,
             )
         case NoMover():
-            return _plan_start(seen, now)
+            return _plan_start(seen, policy, now)
 
 
 def _plan_ready(seen: Observed) -> Decision:
@@ -148,9 +154,15 @@ def _plan_ready(seen: Observed) -> Decision:
     return Wait(None)
 
 
+def retry_asked(annotations: Mapping[str, str]) -> str | None:
+    """The value of the retry annotation, as much of it as the status can keep."""
+    asked = annotations.get(names.ANNOTATION_RETRY)
+    return asked[:RETRY_MAX] if asked is not None else None
+
+
 def _plan_failed(seen: Observed, now: datetime) -> Decision:
     artifact = seen.artifact
-    asked = artifact.metadata.annotations.get(names.ANNOTATION_RETRY)
+    asked = retry_asked(artifact.metadata.annotations)
     # What may be changed in a spec is what may cure: a Secret's name, the mover's memory. So a change is a request too.
     changed = artifact.status.observed_generation != artifact.metadata.generation
     if changed or (asked is not None and asked != artifact.status.retry_handled):
@@ -254,7 +266,7 @@ def backoff(uid: str, failures: int, policy: Policy) -> float:
     return delay * (1 - 0.2 * spread)
 
 
-def _plan_start(seen: Observed, now: datetime) -> Decision:
+def _plan_start(seen: Observed, policy: Policy, now: datetime) -> Decision:
     artifact = seen.artifact
     if artifact.spec.suspend:
         return _hold_back(seen, Phase.SUSPENDED, "Suspended", "spec.suspend is true", None, now)
@@ -263,6 +275,11 @@ def _plan_start(seen: Observed, now: datetime) -> Decision:
         return Record(status, Event(seen.refusal.reason, seen.refusal.message, warning=True))
     if (retry_at := artifact.status.next_retry_time) and artifact.status.phase == Phase.WAITING and retry_at > now:
         return Wait((retry_at - now).total_seconds())
+    if artifact.status.lost >= LOST_FACTOR * policy.max_attempts:
+        times = f"{artifact.status.lost} times in a row"
+        failure = Failure(reason=Reason.MOVER_KILLED, message=f"the mover vanished together with the operator {times}")
+        status = say.failed(artifact, failure, now, counts=False, ran=False)
+        return Record(status, Event(failure.reason, failure.message, warning=True))
     if seen.blocked:
         return _hold_back(seen, Phase.QUEUED, "Queued", seen.blocked, LOOK_AGAIN, now)
     return Start(say.started(artifact, _next_mover(seen, Operation.UPLOAD), now), Operation.UPLOAD)
@@ -298,18 +315,18 @@ def _plan_deletion(seen: Observed, policy: Policy, now: datetime) -> Decision:
             return _say_deleting(seen, "a mover of an earlier operator is still running", EARLIER_MOVER_POLL, now)
     if abandoned:
         return RemoveFinalizer(Event("DataAbandoned", "the data was left where it is, as the annotation asks", warning=True))
-    if kept := _why_keep(seen):
-        return RemoveFinalizer(Event("DataKept", kept))
-    if artifact.status.launches == artifact.status.clean_launches:
-        return RemoveFinalizer()
     match seen.mover:
         case FinishedMover(result=result) as mover if not uploading:
             if result and result.deleted is not None:
-                return RemoveFinalizer(Event("DataRemoved", result.deleted))
+                return RemoveFinalizer(Event("Cleaned", result.deleted))
             return _retry_deletion(seen, _failure_of(mover, policy), policy, now)
         case FinishedMover():
             # The upload ended (or was ended) under us; the deletion finds out itself what it had stored.
             return Record(say.deleting(artifact, "the upload was stopped", now), seconds=0, forget=True)
+    if kept := _why_keep(seen, started=not uploading):
+        return RemoveFinalizer(Event("DataKept", kept))
+    if artifact.status.launches == artifact.status.clean_launches:
+        return RemoveFinalizer()
     if seen.refusal:
         return _refused_deletion(seen, seen.refusal, now)
     retry_at = artifact.status.next_retry_time if artifact.status.phase == Phase.DELETING else None
@@ -320,17 +337,21 @@ def _plan_deletion(seen: Observed, policy: Policy, now: datetime) -> Decision:
     return Start(say.deletion_started(artifact, _next_mover(seen, Operation.DELETE), now), Operation.DELETE)
 
 
-def _why_keep(seen: Observed) -> str | None:
-    """Why a committed checkpoint stays; None where there is something to remove (or to find out)."""
+def _why_keep(seen: Observed, *, started: bool) -> str | None:
+    """Why stored data stays; None where there is something to remove, or to find out.
+
+    ``started``: a mover for the deletion ran already. Then the policy that it was started under holds, since half of the
+    data may be gone; but another artifact that became Ready meanwhile has seen the checkpoint whole, so it still is.
+    """
     artifact = seen.artifact
-    if artifact.status.storage_uri is None:
-        return None
-    if artifact.spec.deletion_policy is DeletionPolicy.RETAIN:
-        return f"{artifact.status.storage_uri} was kept (deletionPolicy: Retain)"
-    if artifact.status.data_owner is False:
-        return f"{artifact.status.storage_uri} was kept: another artifact has stored it"
+    where = artifact.status.storage_uri or artifact.spec.target.uri
+    if artifact.status.storage_uri is not None:
+        if artifact.spec.deletion_policy is DeletionPolicy.RETAIN and not started:
+            return f"{where} was kept (deletionPolicy: Retain)"
+        if artifact.status.data_owner is False:
+            return f"{where} was kept: another artifact has stored it"
     if seen.also_stored_by:
-        return f"{artifact.status.storage_uri} was kept: {seen.also_stored_by} names it too"
+        return f"{where} was kept: {seen.also_stored_by} names it too"
     return None
 
 

@@ -16,10 +16,12 @@ from pydantic import ValidationError
 from checkpoint_operator.api import names
 from checkpoint_operator.api.artifact import CheckpointArtifact, parse_artifact
 from checkpoint_operator.api.base import JsonObject
+from checkpoint_operator.api.protocol import Layout
 from checkpoint_operator.api.status import Phase
-from checkpoint_operator.controller.executor import Executor, FinishedMover, RunningMover
+from checkpoint_operator.controller.executor import EarlierMover, Executor, FinishedMover, NoMover, RunningMover
 from checkpoint_operator.controller.kube import Conflict, Kube, KubeError, NotFound
 from checkpoint_operator.controller.plan import (
+    LOOK_AGAIN,
     AddFinalizer,
     Event,
     Observed,
@@ -30,6 +32,7 @@ from checkpoint_operator.controller.plan import (
     Stop,
     Wait,
     plan,
+    retry_asked,
 )
 from checkpoint_operator.controller.queue import WorkQueue
 from checkpoint_operator.controller.scheduling import Demand, Key, Limits, admit, blocked
@@ -55,7 +58,7 @@ class ArtifactCache:
         key = (metadata["namespace"], metadata["name"])
         known = self._bodies.get(key)
         if live or known is None or _version(body) >= _version(known):
-            self._bodies[key] = {**body, "metadata": {k: v for k, v in metadata.items() if k != "managedFields"}}
+            self._bodies[key] = {**body, "metadata": _trimmed(metadata)}
         return key
 
     def remove(self, key: Key) -> None:
@@ -67,13 +70,26 @@ class ArtifactCache:
     def keys(self) -> list[Key]:
         return list(self._bodies)
 
-    def also_stored_by(self, key: Key, uri: str) -> Key | None:
-        """Another Ready artifact whose data is the same place."""
-        for other, body in self._bodies.items():
-            status = body.get("status", {})
-            if other != key and status.get("storageURI") == uri and status.get("phase") == Phase.READY:
-                return other
-        return None
+    def ready_at(self, uri: str) -> list[JsonObject]:
+        """Every artifact that is Ready, stays, and names this target URI (a trailing slash does not count)."""
+        return [
+            body
+            for body in self._bodies.values()
+            if body["spec"]["target"]["uri"].removesuffix("/") == uri.removesuffix("/")
+            and body.get("status", {}).get("phase") == Phase.READY
+            and "deletionTimestamp" not in body["metadata"]
+        ]
+
+
+_KEPT_ANNOTATIONS = (names.ANNOTATION_RETRY, names.ANNOTATION_ABANDON_DATA)
+
+
+def _trimmed(metadata: JsonObject) -> JsonObject:
+    """What a decision reads: whoever fills annotations and labels must not fill the operator's memory."""
+    kept = {key: value for key, value in metadata.items() if key not in ("managedFields", "labels")}
+    annotations = metadata.get("annotations", {})
+    kept["annotations"] = {name: annotations[name] for name in _KEPT_ANNOTATIONS if name in annotations}
+    return kept
 
 
 def _version(body: JsonObject) -> int:
@@ -168,7 +184,9 @@ class Reconciler:
         """Take steps until there is nothing to do now; seconds until the next look, or None."""
         for _ in range(MAX_STEPS):
             body = self.cache.get(key)
-            self._executor.stop_others(key, body["metadata"]["uid"] if body else None)
+            if self._executor.stop_others(key, body["metadata"]["uid"] if body else None):
+                # The mover of an object that is gone keeps its place until it has ended; its end is reported to this key.
+                return LOOK_AGAIN
             if body is None:
                 self._release(key)
                 return None
@@ -186,7 +204,7 @@ class Reconciler:
     async def _step(self, artifact: CheckpointArtifact) -> float | None:
         """One decision and its execution; 0: look again at once."""
         now = self._now()
-        seen = self._observe(artifact)
+        seen = self._observe(artifact, now)
         decision = plan(seen, self._policy, now)
         if not isinstance(decision, Wait):
             _log.debug("%s/%s: %s", *artifact.key, type(decision).__name__)
@@ -208,6 +226,7 @@ class Reconciler:
                 await self._write_status(artifact, status.to_wire())
                 if forget:
                     self._forget(artifact)
+                    self._release(artifact.key)
                 await self._post(artifact, event, now)
                 return seconds
             case Start(status, operation):
@@ -224,28 +243,45 @@ class Reconciler:
                 self._executor.stop(artifact.status.mover.name, reason)
                 return None
 
-    def _observe(self, artifact: CheckpointArtifact) -> Observed:
+    def _observe(self, artifact: CheckpointArtifact, now: datetime) -> Observed:
         """Gather what a decision depends on; reads caches only, so that nothing changes between look and decision."""
         key, status = artifact.key, artifact.status
         mover = self._executor.state(status.mover.name if status.mover else None, artifact.metadata.uid)
         demand = self._demand(artifact)
-        if not isinstance(mover, RunningMover):
+        # A finished mover keeps its place until what it said is written: else the next one decides on the status of before.
+        if isinstance(mover, NoMover | EarlierMover):
             self._release(key)
         why = blocked(demand, self._running.values(), self._waiting.values(), self._limits)
-        wants_place = not _is_settled(self.cache.get(key) or {}) and not isinstance(mover, RunningMover | FinishedMover)
+        waits = status.phase == Phase.WAITING and status.next_retry_time is not None and status.next_retry_time > now
+        wants_place = (
+            not waits and not _is_settled(self.cache.get(key) or {}) and not isinstance(mover, RunningMover | FinishedMover)
+        )
         if why and wants_place and not artifact.spec.suspend:
             self._waiting[key] = demand
         else:
             self._waiting.pop(key, None)
-        other = self.cache.also_stored_by(key, status.storage_uri) if status.storage_uri else None
         return Observed(
             artifact=artifact,
             mover=mover,
             kind=self._executor.kind,
             blocked=why,
             refusal=self._executor.refuse(artifact),
-            also_stored_by="/".join(other) if other else None,
+            also_stored_by=self._also_stored_by(artifact),
         )
+
+    def _also_stored_by(self, artifact: CheckpointArtifact) -> str | None:
+        """Another Ready artifact at the same place, as far as this one's namespace may know of it."""
+        if artifact.metadata.deletion_timestamp is None or artifact.spec.target.layout is Layout.UNIQUE:
+            return None
+        place = self._executor.place(artifact)
+        for body in self.cache.ready_at(artifact.spec.target.uri):
+            try:
+                other = parse_artifact(body)
+            except ValidationError:
+                return "an artifact that is not understood"
+            if other.metadata.uid != artifact.metadata.uid and self._executor.place(other) == place:
+                return other.metadata.name if other.key[0] == artifact.key[0] else "an artifact of another namespace"
+        return None
 
     def _demand(self, artifact: CheckpointArtifact) -> Demand:
         return Demand(artifact.key, self._executor.place(artifact), artifact.metadata.creation_timestamp)
@@ -289,7 +325,7 @@ def _is_settled(body: JsonObject) -> bool:
         status.get("phase") in (Phase.READY, Phase.FAILED)
         and status.get("observedGeneration") == metadata.get("generation")
         and "deletionTimestamp" not in metadata
-        and metadata.get("annotations", {}).get(names.ANNOTATION_RETRY) == status.get("retryHandled")
+        and retry_asked(metadata.get("annotations", {})) == status.get("retryHandled")
     )
 
 

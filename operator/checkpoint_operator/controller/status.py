@@ -50,8 +50,11 @@ def held_back(artifact: CheckpointArtifact, phase: Phase, reason: str, message: 
 
 def started(artifact: CheckpointArtifact, mover: MoverStatus, now: datetime) -> ArtifactStatus:
     """A mover for the upload is about to be started; written before it is, so that no start is ever forgotten."""
+    # Still Uploading, and nobody knows the mover: an operator died with it, or was restarted.
+    vanished = artifact.status.phase in (Phase.UPLOADING, Phase.VERIFYING)
     return _base(artifact, Phase.UPLOADING).replace(
         launches=artifact.status.launches + 1,
+        lost=artifact.status.lost + 1 if vanished else 0,
         mover=mover,
         start_time=artifact.status.start_time or now,
         completion_time=None,
@@ -194,7 +197,7 @@ def failed(
 def revived(artifact: CheckpointArtifact, retry_value: str | None, now: datetime) -> ArtifactStatus:
     """A human asked for another try of a Failed artifact: the counts begin again."""
     return held_back(artifact, Phase.PENDING, "Retrying", "another try was asked for", now).replace(
-        attempts=0, retries=0, failure=None, completion_time=None, start_time=None, retry_handled=retry_value
+        attempts=0, lost=0, retries=0, failure=None, completion_time=None, start_time=None, retry_handled=retry_value
     )
 
 

@@ -9,8 +9,9 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -22,11 +23,14 @@ from checkpoint_operator.api.protocol import Failure, Operation, Plan, Progress,
 from checkpoint_operator.api.uris import InvalidURI, TargetURI
 from checkpoint_operator.mover.lock import hold_lock
 from checkpoint_operator.storage import DeleteRequest, StorageError, StorageManager, UploadRequest
+from checkpoint_operator.storage.errors import Cancelled
 from checkpoint_operator.storage.source import Selection
-from checkpoint_operator.storage.transfer import Cancelled
 
 TERMINATED = 128 + signal.SIGTERM
 """The exit code after SIGTERM: no result is printed, what was stored stays for the next attempt."""
+
+ORPHAN_SECONDS = 30.0
+"""How long a mover whose operator died may take to end in order."""
 
 _log = logging.getLogger("checkpoint_operator.mover")
 
@@ -138,6 +142,9 @@ def _exit_with_parent(cancelled: threading.Event) -> None:
         while os.read(sys.stdin.fileno(), 4096):
             pass
         cancelled.set()
+        # A scan of a slow volume, or a wait inside the SDK, may not look at the event for long; nobody is left to kill us.
+        time.sleep(ORPHAN_SECONDS)
+        os._exit(TERMINATED)
 
     threading.Thread(target=watch, name="parent", daemon=True).start()
 
@@ -150,6 +157,12 @@ def _own_output() -> TextIO:
     return output
 
 
+def _be_the_first_to_go() -> None:
+    """We share the operator's memory limit: where it is met, the kernel shall end us and not the operator."""
+    with suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")
+
+
 def main() -> int:
     """Entry point; reads the plan from the environment."""
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
@@ -160,6 +173,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: mover.cancelled.set())
     signal.signal(signal.SIGINT, lambda *_: mover.cancelled.set())
     if os.environ.get(ENV_EXIT_WITH_PARENT):
+        _be_the_first_to_go()
         _exit_with_parent(mover.cancelled)
     try:
         return mover.run()

@@ -50,3 +50,7 @@ class StorageError(Exception):
 def _printable(text: str) -> str:
     """A file name that is not UTF-8 comes as lone surrogates, which neither JSON nor a terminal can take."""
     return text.encode("utf-8", "backslashreplace").decode()
+
+
+class Cancelled(Exception):
+    """The caller asked to stop. What was stored stays, for the next attempt to find."""

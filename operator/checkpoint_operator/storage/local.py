@@ -23,7 +23,7 @@ from checkpoint_operator.api.uris import TargetURI
 from checkpoint_operator.storage import marker
 from checkpoint_operator.storage.backend import DeleteRequest, Report, UploadRequest
 from checkpoint_operator.storage.download import check_names, download
-from checkpoint_operator.storage.errors import StorageError
+from checkpoint_operator.storage.errors import Cancelled, StorageError
 from checkpoint_operator.storage.folders import (
     DIRECTORY,
     make_below,
@@ -41,7 +41,7 @@ from checkpoint_operator.storage.manifest import FileTable, StoredFile, content_
 from checkpoint_operator.storage.marker import DELETING_NAME, ForeignMarker, Manifest, Seen
 from checkpoint_operator.storage.objects import derive_uid, require_manifest, unique_place
 from checkpoint_operator.storage.source import OpenFile, SourceFile, SourceTree
-from checkpoint_operator.storage.transfer import Cancelled, Meter
+from checkpoint_operator.storage.transfer import Meter
 
 PARTIAL = ".partial-"
 CHUNK = 4 << 20
@@ -70,7 +70,7 @@ class LocalStorageBackend:
             # The marker is read before the source: what is committed may have been rotated away there.
             if request.uid and (done := self._committed_before(request.uri, request.uid, request.layout)):
                 return done
-            tree = stack.enter_context(SourceTree(request.root, request.path, request.selection))
+            tree = stack.enter_context(SourceTree(request.root, request.path, request.selection, request.cancelled))
             listing = tree.scan()
             uid = request.uid or derive_uid(request.uri, listing.fingerprint)
             place = request.uri
@@ -285,6 +285,8 @@ def _not_empty(place: TargetURI, what: str) -> StorageError:
 def _read_manifest(folder: int, name: str, place: TargetURI) -> Seen | None:
     try:
         with open_file(folder, name, os.O_RDONLY) as descriptor, os.fdopen(os.dup(descriptor), "rb") as file:
+            if (size := os.fstat(descriptor).st_size) > marker.MAX_BYTES:
+                raise marker.too_large(size, str(place))
             return marker.decode(file.read(), "", str(place))
     except FileNotFoundError:
         return None
@@ -404,11 +406,12 @@ def _delete(parent: int, name: str, place: TargetURI, request: DeleteRequest) ->
         table = manifest.table
         for path in (*(file.path for file in table.files), *(link.path for link in table.links)):
             unlink_below(folder, path)
-        os.unlink(DELETING_NAME, dir_fd=folder)
         for path in _folders_of(table):
             above, _, last = path.rpartition("/")
             with suppress(OSError), opened_below(folder, above) as directory:
                 os.rmdir(last, dir_fd=directory)
+        # Last: without it nobody knows what else is ours, and folders that are left would block the place for ever.
+        os.unlink(DELETING_NAME, dir_fd=folder)
         with suppress(OSError):
             os.rmdir(name, dir_fd=parent)
         return "nothing is left there"

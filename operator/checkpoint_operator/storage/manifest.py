@@ -43,8 +43,8 @@ class StoredFile(ApiModel):
     """
 
     path: str
-    size: int
-    sha256: str
+    size: int = Field(ge=0, lt=2**63)
+    sha256: str = Field(max_length=64)
     parts: int = 1
     part_size: int | None = None
     etag: str | None = None

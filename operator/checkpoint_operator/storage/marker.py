@@ -15,7 +15,7 @@ import secrets
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter
 
 from checkpoint_operator.api.base import ApiModel
 from checkpoint_operator.api.errors import Reason
@@ -54,7 +54,7 @@ class Manifest(_MarkerBase):
 
     state: Literal["Committed"] = "Committed"
     source_fingerprint: str
-    content_digest: str
+    content_digest: str = Field(max_length=80)
     metadata: ArtifactMetadata
     table: FileTable
 
@@ -89,6 +89,19 @@ def digest(data: bytes) -> str:
     return f"sha256:{hashlib.sha256(data).hexdigest()}"
 
 
+MAX_BYTES = 64 << 20
+"""A marker of a quarter of a million files; what is larger is not read: it may be anything, of any size."""
+
+
+def too_large(size: int, uri: str) -> ForeignMarker:
+    """The error for a marker of more than :data:`MAX_BYTES`."""
+    return ForeignMarker(
+        Reason.TARGET_NOT_EMPTY,
+        f"the object .metadata.json there has {size} bytes, at most {MAX_BYTES} are read: choose another URI, or remove it",
+        uri=uri,
+    )
+
+
 def decode(data: bytes, token: str, uri: str) -> Seen:
     """Read a marker.
 
@@ -97,7 +110,9 @@ def decode(data: bytes, token: str, uri: str) -> Seen:
     """
     try:
         marker = _MARKER.validate_json(data)
-    except ValidationError as error:
+        if isinstance(marker, Manifest) and marker.table.size >= 2**63:
+            raise ValueError("no store holds so many bytes")
+    except ValueError as error:  # pydantic's ValidationError is one
         _refuse_newer(_version(data), uri)
         raise ForeignMarker(
             Reason.TARGET_NOT_EMPTY,

@@ -12,7 +12,7 @@ from checkpoint_operator.api.errors import Reason
 from checkpoint_operator.api.metadata import ArtifactMetadata
 from checkpoint_operator.api.names import MARKER_NAME, PROBE_PREFIX
 from checkpoint_operator.api.protocol import Layout, Stored
-from checkpoint_operator.api.uris import TargetURI
+from checkpoint_operator.api.uris import TargetURI, bad_segment
 from checkpoint_operator.storage import commit, marker
 from checkpoint_operator.storage.backend import DeleteRequest, Report, UploadRequest
 from checkpoint_operator.storage.commit import Claimant, Found
@@ -24,6 +24,7 @@ from checkpoint_operator.storage.source import Listing, SourceTree
 from checkpoint_operator.storage.store import ObjectStore
 from checkpoint_operator.storage.transfer import DEFAULT_WORKERS, Meter, Transfer
 
+MAX_OBJECT_BYTES = 5 << 40  # what every S3 takes; with 10,000 parts it also bounds a part, and so our memory
 MAX_KEY_BYTES = 1024  # S3's, GCS's and Azure's limit alike
 
 OpenStore = Callable[[TargetURI], ObjectStore]
@@ -221,7 +222,7 @@ class _Source:
     """The source, opened and scanned at first use: after a commit it may be gone, and nobody needs it any more."""
 
     def __init__(self, request: UploadRequest) -> None:
-        self._tree = SourceTree(request.root, request.path, request.selection)
+        self._tree = SourceTree(request.root, request.path, request.selection, request.cancelled)
         self._opened = False
         self._listing: Listing | None = None
 
@@ -275,6 +276,7 @@ class _Driver:
         self._request = request
         self._conditional = conditional
         self._found: dict[str, int] | None = None
+        self._nested: tuple[str, ...] = ()
 
     def run(self, steps: Generator[commit.Request, object, Outcome]) -> Outcome:
         """Drive a protocol to its end; errors are raised inside it, so that it may clean up."""
@@ -314,6 +316,11 @@ class _Driver:
             case commit.RemoveObjects(objects):
                 self._found = None  # that listing is history
                 for found in objects:
+                    # The names may come from a manifest, and so from whoever can write to the bucket.
+                    if any(bad_segment(part) for part in found.path.split("/")):
+                        raise StorageError(
+                            Reason.UNSUPPORTED_NAME, f"the manifest lists {found.path!r}: nothing is removed by that name"
+                        )
                     self._store.remove(self._prefix + found.path, found.token)
             case commit.AbortUploads():
                 self._abort_uploads()
@@ -329,6 +336,7 @@ class _Driver:
         nested = tuple(
             path.removesuffix(MARKER_NAME) for path in entries if path.endswith(f"/{MARKER_NAME}") and path != MARKER_NAME
         )
+        self._nested = nested
         return {
             path: (entry.size, entry.token)
             for path, entry in entries.items()
@@ -367,9 +375,29 @@ class _Driver:
                     "target.uri",
                     path=file.path,
                 )
+            if file.size > MAX_OBJECT_BYTES:
+                raise StorageError(
+                    Reason.SOURCE_UNSUPPORTED,
+                    f"'{file.path}' has {file.size} bytes, a store allows {MAX_OBJECT_BYTES} (5 TiB): exclude it",
+                    path=file.path,
+                )
+        self._refuse_nested()
         # The last moment before the first write.
         self._store = self._conditional()
         return listing.fingerprint
+
+    def _refuse_nested(self) -> None:
+        """Another artifact may lie below this place; none of our files may come to lie inside it."""
+        assert self._source is not None
+        for file in self._source.listing.files:
+            inside = next((folder for folder in self._nested if file.path.startswith(folder)), None)
+            if inside:
+                raise StorageError(
+                    Reason.TARGET_NOT_EMPTY,
+                    f"'{file.path}' would lie inside another checkpoint, at '{inside}': choose another URI",
+                    uri=str(self._place),
+                    path=file.path,
+                )
 
     def _transfer(self) -> Transfer:
         assert self._source is not None
@@ -390,6 +418,7 @@ class _Driver:
         existing = self._found
         if existing is None:
             existing = {path: size for path, (size, _) in self._entries().items()}
+            self._refuse_nested()
             if self._request and self._request.force:
                 # What a mover that is gone had half sent is sent anew, under uploads of our own.
                 self._abort_uploads()

@@ -27,6 +27,7 @@ from botocore.exceptions import (
 from checkpoint_operator.api.errors import Reason
 from checkpoint_operator.api.protocol import TargetOptions
 from checkpoint_operator.api.uris import TargetURI
+from checkpoint_operator.storage import marker
 from checkpoint_operator.storage.errors import StorageError
 from checkpoint_operator.storage.store import Entry, Stat, UploadLost, Written
 
@@ -93,6 +94,9 @@ class S3Store:
     def read(self, key: str) -> tuple[bytes, str] | None:
         try:
             answer = self._client.get_object(Bucket=self._bucket, Key=key)
+            if answer["ContentLength"] > marker.MAX_BYTES:
+                answer["Body"].close()
+                raise marker.too_large(answer["ContentLength"], f"s3://{self._bucket}/{key}")
             return answer["Body"].read(), answer["ETag"]
         except ClientError as error:
             if _code(error) in ("NoSuchKey", "404"):

@@ -6,6 +6,7 @@ O_NOFOLLOW: a folder that is swapped for a symlink between scan and read gives a
 
 import os
 import stat
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -15,11 +16,13 @@ from wcmatch import glob
 from checkpoint_operator.api.errors import Reason
 from checkpoint_operator.api.names import MARKER_NAME, PROBE_PREFIX
 from checkpoint_operator.api.uris import bad_segment
-from checkpoint_operator.storage.errors import StorageError
+from checkpoint_operator.storage.errors import Cancelled, StorageError
 from checkpoint_operator.storage.folders import DIRECTORY, open_below, open_directory
 from checkpoint_operator.storage.manifest import Link, digest_lines, link_problem
 from checkpoint_operator.storage.marker import DELETING_NAME
 
+MAX_DEPTH = 64
+"""Folders below each other; no framework comes near, and a volume could hold a chain that outlives our stack."""
 _GLOB = glob.GLOBSTAR | glob.DOTGLOB | glob.MATCHBASE | glob.FORCEUNIX
 
 
@@ -89,6 +92,7 @@ class SourceTree:
     root: str
     path: str
     selection: Selection = field(default_factory=Selection)
+    cancelled: threading.Event = field(default_factory=threading.Event)
     _descriptor: int = -1
     _single: str | None = None
 
@@ -182,7 +186,15 @@ class SourceTree:
                 names = sorted(entry.name for entry in entries)
         except OSError as error:
             raise self._cannot_open(error, prefix or self.path) from error
+        if prefix.count("/") > MAX_DEPTH:
+            raise StorageError(
+                Reason.SOURCE_UNSUPPORTED,
+                f"'{prefix[:60]}…' is nested deeper than {MAX_DEPTH} folders: exclude it",
+                path=prefix,
+            )
         for name in names:
+            if self.cancelled.is_set():
+                raise Cancelled
             path = prefix + name
             if self.selection.excludes(path):
                 continue

@@ -2,8 +2,9 @@
 
 A byte is read once, into a private buffer; SHA-256 of the file, SHA-256 of the part and the socket all use that buffer.
 
-Memory: ``workers * part_size`` for the buffers, with ``part_size = max(16 MiB, size / 10,000)``: 64 MiB for four
-workers and files up to 160 GB.
+Memory: ``workers * part_size`` for the buffers, with ``part_size = max(16 MiB, size / 10,000)`` of the largest file, and
+as many workers (at most four) as stay below 256 MiB: 64 MiB with files up to 160 GB, 525 MiB at the largest file that a
+store takes (5 TiB), which has the mover for itself.
 """
 
 import hashlib
@@ -19,7 +20,7 @@ from typing import TypeVar
 from checkpoint_operator.api.errors import Reason
 from checkpoint_operator.api.protocol import Progress, Stage
 from checkpoint_operator.storage.commit import Found, Put
-from checkpoint_operator.storage.errors import StorageError
+from checkpoint_operator.storage.errors import Cancelled, StorageError
 from checkpoint_operator.storage.manifest import FileTable, StoredFile
 from checkpoint_operator.storage.source import Listing, OpenFile, SourceFile, SourceTree
 from checkpoint_operator.storage.store import ObjectStore, Stat, UploadLost, Written
@@ -28,12 +29,11 @@ DEFAULT_WORKERS = 4
 
 Outcome = TypeVar("Outcome")
 
+BUFFER_BUDGET = 256 << 20
+"""Bytes that the buffers of all workers may hold together, as long as one worker alone does not exceed it."""
+
 # What a loader opens first. It comes last, so that a loader that meets half a folder fails instead of loading half.
 _LAST = ("config.json", "adapter_config.json", "model_index.json", "*.index.json")
-
-
-class Cancelled(Exception):
-    """The caller asked to stop. What was stored stays, for the next attempt to find."""
 
 
 @dataclass
@@ -124,7 +124,9 @@ class Transfer:
     def _parallel(self, work: Callable[[SourceFile], Outcome], files: Iterable[SourceFile]) -> Iterator[Outcome]:
         """The outcomes in the order of the files; the first failure stops the others at their next part."""
         self._stop = threading.Event()
-        with ThreadPoolExecutor(self.workers, thread_name_prefix="transfer") as pool:
+        largest = max((file.size for file in self.listing.files), default=0)
+        workers = max(1, min(self.workers, BUFFER_BUDGET // self.store.part_size(largest)))
+        with ThreadPoolExecutor(workers, thread_name_prefix="transfer") as pool:
             futures = [pool.submit(work, file) for file in files]
             _, pending = wait(futures, return_when=FIRST_EXCEPTION)
             if pending:
