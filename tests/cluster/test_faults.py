@@ -187,3 +187,19 @@ def test_artifacts_beyond_the_cap_are_queued_with_the_reason(
     operator.wait("second", "Ready")
     operator.wait("first", "Ready")
     assert operator.stop() == 0
+
+
+def test_a_deletion_does_not_take_data_that_another_artifact_becomes_ready_with(
+    operator: Operator, proxy: FaultProxy
+) -> None:
+    files = {"weights.bin": os.urandom(64 * MIB)}
+    operator.save("raced", files)
+    operator.create("race-owner", path="raced", uri=uri_of("raced"), deletionPolicy="Delete")
+    operator.wait("race-owner", "Ready")
+    operator.create("race-sharer", path="raced", uri=uri_of("raced"))
+    operator.wait("race-sharer", "Uploading", "Verifying", "Ready")
+    operator.kubectl("delete", "ckpt", "race-owner", "--wait=false")
+    operator.wait_gone("race-owner")
+    status = operator.wait("race-sharer", "Ready", "Failed")
+    if status["phase"] == "Ready" and not status["dataOwner"]:
+        assert set(stored(operator, "raced")) == {"weights.bin", ".metadata.json"}

@@ -16,10 +16,10 @@ from checkpoint_operator.api.errors import ErrorCode, Reason
 from checkpoint_operator.api.metadata import ArtifactMetadata
 from checkpoint_operator.api.protocol import Layout, Progress, Stage
 from checkpoint_operator.storage import StorageError, UploadRequest
+from checkpoint_operator.storage.errors import Cancelled
 from checkpoint_operator.storage.manifest import FileTable, Link, StoredFile
 from checkpoint_operator.storage.marker import encode
 from checkpoint_operator.storage.source import Selection
-from checkpoint_operator.storage.transfer import Cancelled
 
 NAMES = [
     "plain.bin",

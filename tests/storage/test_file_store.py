@@ -15,9 +15,9 @@ from storage_world import CHECKPOINT, MARKER, MIB, FileWorld, OnLook, make, tree
 from checkpoint_operator.api.errors import Reason
 from checkpoint_operator.api.protocol import Layout, Progress, Stage
 from checkpoint_operator.storage import StorageError, local
+from checkpoint_operator.storage.errors import Cancelled
 from checkpoint_operator.storage.manifest import FileTable, Link, StoredFile
 from checkpoint_operator.storage.marker import encode
-from checkpoint_operator.storage.transfer import Cancelled
 
 STAGING = ".partial-uid-a"
 

@@ -26,8 +26,8 @@ from checkpoint_operator.api.errors import FAILURES, ErrorCode, ExitCode, Reason
 from checkpoint_operator.api.names import ENV_PLAN
 from checkpoint_operator.api.protocol import Layout, Operation, Plan, Result, Source, TargetOptions, parse_line
 from checkpoint_operator.storage import StorageError, StorageManager
+from checkpoint_operator.storage.errors import Cancelled
 from checkpoint_operator.storage.s3 import classify
-from checkpoint_operator.storage.transfer import Cancelled
 
 
 @pytest.fixture
