@@ -23,6 +23,7 @@ from checkpoint_operator.storage.transfer import DEFAULT_WORKERS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CHECKPOINT = REPOSITORY / "tests" / "checkpoints" / "dpo-lora" / "checkpoint-2"
+SHARDED = REPOSITORY / "tests" / "checkpoints" / "dpo-full-sharded" / "checkpoint-2"
 MARKER = ".metadata.json"
 MIB = 1 << 20
 

@@ -10,7 +10,7 @@ import unicodedata
 from pathlib import Path
 
 import pytest
-from storage_world import CHECKPOINT, MARKER, MIB, OnLook, World, make, tree
+from storage_world import CHECKPOINT, MARKER, MIB, SHARDED, OnLook, World, make, tree
 
 from checkpoint_operator.api.errors import ErrorCode, Reason
 from checkpoint_operator.api.metadata import ArtifactMetadata
@@ -60,15 +60,16 @@ def source(tmp_path: Path) -> Path:
 # ---- Round trips
 
 
-def test_a_real_checkpoint_comes_back_byte_for_byte_with_modes_and_times(world: World) -> None:
-    stored = world.upload(CHECKPOINT)
+@pytest.mark.parametrize("checkpoint", [CHECKPOINT, SHARDED], ids=["LoRA", "sharded"])
+def test_a_real_checkpoint_comes_back_byte_for_byte_with_modes_and_times(world: World, checkpoint: Path) -> None:
+    stored = world.upload(checkpoint)
     restored = world.download()
-    assert tree(restored) == tree(CHECKPOINT)
+    assert tree(restored) == tree(checkpoint)
     assert stored.data_owner
     assert stored.storage_uri == str(world.uri())
-    assert stored.file_count == len(tree(CHECKPOINT))
-    assert stored.size_bytes == sum(path.stat().st_size for path in CHECKPOINT.iterdir())
-    for path in CHECKPOINT.iterdir():
+    assert stored.file_count == len(tree(checkpoint))
+    assert stored.size_bytes == sum(path.stat().st_size for path in checkpoint.iterdir())
+    for path in checkpoint.iterdir():
         before, after = path.stat(), (restored / path.name).stat()
         assert (after.st_mode, after.st_mtime_ns) == (before.st_mode, before.st_mtime_ns)
 

@@ -50,6 +50,19 @@ def test_without_a_file_nothing_is_served_inline() -> None:
         ("claims: [{namespace: a, claim: b, directory: /does/not/exist}]", "mount the claim there"),
         ("claims: [{namespace: a, claim: b, directory: /, targets: [{prefix: 'http://x'}]}]", "no supported scheme"),
         ("claims: [{namespace: a, claim: b, directory: /, targets: [{prefix: 's3://bucket', endpiont: x}]}]", "endpiont"),
+        (
+            "claims: [{namespace: a, claim: b, directory: /, targets: [{prefix: 's3://bucket', endpoint: 'minio:9000'}]}]",
+            "https://",
+        ),
+        (
+            "claims: [{namespace: a, claim: b, directory: /, targets: [{prefix: 's3://bucket', credentialsDirectory: /no}]}]",
+            "mount the Secret",
+        ),
+        ("claims: [{namespace: a, claim: b, directory: /}, {namespace: a, claim: b, directory: /}]", "listed twice"),
+        (
+            "claims: [{namespace: a, claim: b, directory: /, targets: [{prefix: 'file:///', claim: archive}]}]",
+            "'archive', which is not listed",
+        ),
     ],
 )
 def test_a_mistake_in_the_inline_file_is_told_with_file_and_key(tmp_path: Path, text: str, says: str) -> None:

@@ -7,7 +7,11 @@ from checkpoint_operator.controller.reconciler import ArtifactCache, merge_patch
 
 def body(version: int, uid: str = "u", name: str = "a", uri: str = "s3://b/x", **status: Any) -> dict[str, Any]:
     metadata = {"namespace": "ns", "name": name, "uid": uid, "resourceVersion": str(version), "managedFields": ["big"]}
-    return {"metadata": metadata, "spec": {"target": {"uri": uri}}, "status": status}
+    return {
+        "metadata": metadata,
+        "spec": {"source": {"persistentVolumeClaim": {"claimName": "c"}}, "target": {"uri": uri}},
+        "status": status,
+    }
 
 
 def version_of(cache: ArtifactCache) -> str:
@@ -78,3 +82,20 @@ def test_a_patch_has_what_changed_and_null_for_what_is_gone() -> None:
 
 def test_no_change_is_no_patch() -> None:
     assert merge_patch({"a": {"b": [1]}}, {"a": {"b": [1]}}) == {}
+
+
+def test_of_an_artifact_that_has_ended_only_a_remnant_is_kept() -> None:
+    cache = ArtifactCache()
+    full = body(1, phase="Ready", observedGeneration=1, contentDigest="sha256:c")
+    full["metadata"]["generation"] = 1
+    full["spec"]["tags"] = {"a": "b"}
+    cache.put(full)
+    found = cache.get(("ns", "a"))
+    assert found is not None
+    assert "tags" not in found["spec"]
+    assert found["status"] == {"phase": "Ready", "observedGeneration": 1}
+    full["metadata"] = {**full["metadata"], "resourceVersion": "2", "deletionTimestamp": "2026-11-24T12:00:00Z"}
+    cache.put(full)
+    whole = cache.get(("ns", "a"))
+    assert whole is not None
+    assert whole["spec"]["tags"] == {"a": "b"}

@@ -135,7 +135,10 @@ FAILURES: dict[Reason, FailureClass] = {
         _C.UNSUPPORTED, _X.CONFIGURATION, _R.NEVER, "Install the extra that the message names."
     ),
     Reason.CLAIM_NOT_SERVED: FailureClass(
-        _C.UNSUPPORTED, _X.CONFIGURATION, _R.NEVER, "Ask the admin to list the claim in the setting `inline`."
+        _C.UNSUPPORTED,
+        _X.CONFIGURATION,
+        _R.NEVER,
+        "Ask the admin to list the claim in the file of `inline_config`.",
     ),
     Reason.TARGET_NOT_ALLOWED: FailureClass(
         _C.UNSUPPORTED, _X.CONFIGURATION, _R.NEVER, "Use a target that the admin allowed for this claim."
@@ -202,7 +205,10 @@ FAILURES: dict[Reason, FailureClass] = {
     ),
     Reason.INTERNAL: FailureClass(_C.UPLOAD, _X.BUG, _R.COUNTED, "A bug: please report it with the mover's log."),
     Reason.MOVER_KILLED: FailureClass(
-        _C.UPLOAD, _X.BUG, _R.COUNTED, "The mover was killed, often for memory: see spec.mover.resources."
+        _C.UPLOAD,
+        _X.BUG,
+        _R.COUNTED,
+        "Killed, often for memory: give the operator, whose limit it shares, more.",
     ),
     Reason.NO_PROGRESS: FailureClass(
         _C.UNAVAILABLE,

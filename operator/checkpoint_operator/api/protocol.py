@@ -73,7 +73,6 @@ class Stage(StrEnum):
 
     UPLOADING = "Uploading"
     VERIFYING = "Verifying"
-    DELETING = "Deleting"
 
 
 class Progress(ApiModel):

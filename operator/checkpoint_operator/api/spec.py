@@ -14,6 +14,8 @@ from checkpoint_operator.api.protocol import Layout
 
 # The last part of a decimal number's grammar that Kubernetes quantities share, so that --sort-by orders these columns.
 DECIMAL = r"^-?[0-9]+(\.[0-9]+)?([eE][-+]?[0-9]+)?$"
+# Not \s: what is white space differs between the API server's regular expressions and ours.
+ENDPOINT = r"^https?://[^/@?# \t\r\n]+(/[^?# \t\r\n]*)?$"
 DNS_SUBDOMAIN = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$"
 
 Name = Annotated[str, StringConstraints(min_length=1, max_length=253, pattern=DNS_SUBDOMAIN)]
@@ -42,6 +44,16 @@ class ClaimReference(ApiModel):
     claim_name: Name = Field(description="Name of a PersistentVolumeClaim in the artifact's namespace.")
 
 
+class Inventory(ApiModel):
+    """What the training says it has saved."""
+
+    file_count: Annotated[int, Field(ge=0, le=2**53)] | None = Field(default=None, description="Number of files.")
+    size_bytes: Annotated[int, Field(ge=0, le=2**53)] | None = Field(default=None, description="Sum of their sizes.")
+    digest: Annotated[str, StringConstraints(pattern=r"^sha256:[0-9a-f]{64}$", max_length=71)] | None = Field(
+        default=None, description="SHA-256 over the lines [path, size], sorted by path."
+    )
+
+
 class Readiness(ApiModel):
     timeout_seconds: int = Field(
         default=1800,
@@ -55,6 +67,11 @@ class Readiness(ApiModel):
         le=3600,
         description="The files' sizes and times must stay the same for this long before they are read.",
     )
+    job_name: Name | None = Field(default=None, description="A Job in the same namespace that must have completed.")
+    marker_file: Annotated[str, StringConstraints(min_length=1, max_length=255)] | None = Field(
+        default=None, description="A file in the folder that must exist."
+    )
+    inventory: Inventory | None = Field(default=None, description="What the folder must hold, as the training counted it.")
 
 
 class ArtifactSource(ApiModel):
@@ -131,19 +148,19 @@ class ArtifactTarget(ApiModel):
             _uri_rule("self.matches('^(file|s3|gs|azure)://')", "must begin with file://, s3://, gs:// or azure://"),
             _uri_rule(
                 "!self.matches('^[^/]*//[^/]*@')",
-                "has user information before '@': credentials never go into a URI, use target.credentialsSecretRef",
+                "has user information before '@': credentials never go into a URI, the admin configures them for the target",
             ),
             _uri_rule("!self.matches('[?#]')", "must have no query ('?') and no fragment ('#')"),
             _uri_rule(
                 "!self.matches('^(file|s3|gs|azure)://') || self.matches('^[^/]*//[^/]*@') || "
                 "self.matches('^(file://|s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]|"
-                "gs://[a-z0-9][a-z0-9._-]{1,220}[a-z0-9])/') || "
+                "gs://[a-z0-9][a-z0-9._-]{1,220}[a-z0-9])(/|$)') || "
                 # RE2 has no look-ahead: no two hyphens in a row, and the length, are two patterns.
-                "self.matches('^azure://[a-z0-9](-?[a-z0-9])+/') && self.matches('^azure://[^/]{3,63}/')",
+                "self.matches('^azure://[a-z0-9](-?[a-z0-9])+(/|$)') && self.matches('^azure://[^/]{3,63}(/|$)')",
                 "must name a valid bucket or container (3-63 of a-z 0-9 - .), and a file URI has three slashes: file:///path",
             ),
             _uri_rule(
-                "!self.matches('^[^/]*//[^/]*/') || self.matches('^[^/]*//[^/]*(/[^/]+)+/?$') && "
+                "self.matches('^[^/]*//[^/]*(/[^/]+)+/?$') && "
                 r"!self.matches('/[.]{1,2}(/|$)') && !self.matches('[\\\\\\x00-\\x1f\\x7f]')",
                 "must have a path (a folder for each checkpoint) without '..', '.', '//', backslashes or control characters",
             ),
@@ -170,9 +187,9 @@ class ArtifactTarget(ApiModel):
             "mover's own identity is used."
         ),
     )
-    endpoint: (
-        Annotated[str, StringConstraints(max_length=512, pattern=r"^https?://[^/@?# \t\r\n]+(/[^?# \t\r\n]*)?$")] | None
-    ) = Field(default=None, description="Address of the store where it is not the cloud's own (http or https).")
+    endpoint: Annotated[str, StringConstraints(max_length=512, pattern=ENDPOINT)] | None = Field(
+        default=None, description="Address of the store where it is not the cloud's own (http or https)."
+    )
     region: Annotated[str, StringConstraints(max_length=64, pattern=r"^[A-Za-z0-9-]+$")] | None = Field(
         default=None, description="Region of the bucket."
     )

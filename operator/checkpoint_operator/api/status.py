@@ -46,6 +46,17 @@ class ProgressStatus(ApiModel):
     last_update_time: datetime | None = Field(default=None, description="When the mover was asked last.")
 
 
+class Detected(ApiModel):
+    format: str | None = Field(default=None, max_length=64, description="hf, peft, dcp, deepspeed, orbax, gguf, …")
+    base_model: str | None = Field(default=None, max_length=256, description="The model that was trained.")
+    peft_method: str | None = Field(default=None, max_length=256, description="How it was fine-tuned.")
+    algorithm: str | None = Field(default=None, max_length=256, description="What trained it.")
+    global_step: int | None = Field(default=None, description="Optimizer steps that were done.")
+    loss: str | None = Field(default=None, max_length=40, description="The last training loss, as a decimal string.")
+    parameters: int | None = Field(default=None, description="Number of parameters of the weights.")
+    dtype: str | None = Field(default=None, max_length=32, description="Their type.")
+
+
 class MoverStatus(ApiModel):
     kind: Literal["Inline", "Job"] = Field(description="Which executor runs the mover.")
     name: str = Field(max_length=253, description="Its deterministic name.")
@@ -84,6 +95,7 @@ class ArtifactStatus(ApiModel):
         default=None, description="false: the same content was there already, committed by another artifact."
     )
     progress: ProgressStatus | None = Field(default=None, description="How far the transfer is.")
+    detected: Detected | None = Field(default=None, description="What was read from the files themselves.")
     attempts: int = Field(default=0, ge=0, description="Starts that count towards giving up.")
     launches: int = Field(default=0, ge=0, description="All starts of a mover; part of its name.")
     clean_launches: int = Field(

@@ -1,14 +1,16 @@
 """Every setting of the operator, from flags, environment and one file; wrong values refuse to start, by name."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic.alias_generators import to_camel
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from checkpoint_operator.api.spec import ENDPOINT
 from checkpoint_operator.api.uris import InvalidURI, TargetURI
 
 ENV_PREFIX = "CHECKPOINT_OPERATOR_"
@@ -39,6 +41,20 @@ class InlineTarget(_FileModel):
         description="For file://: the claim (of the same namespace) that the target lies in; default: the source's.",
     )
 
+    @field_validator("endpoint")
+    @classmethod
+    def _is_address(cls, value: str | None) -> str | None:
+        if value is not None and not re.match(ENDPOINT, value):
+            raise ValueError(f"'{value}' is no address of a store: write it like https://minio.example:9000")
+        return value
+
+    @field_validator("credentials_directory")
+    @classmethod
+    def _holds_keys(cls, value: Path | None) -> Path | None:
+        if value is not None and not value.is_dir():
+            raise ValueError(f"'{value}' is not an existing folder: mount the Secret with the keys there")
+        return value
+
     @field_validator("prefix")
     @classmethod
     def _is_uri(cls, value: str) -> str:
@@ -68,6 +84,21 @@ class InlineConfig(_FileModel):
     """The file behind the setting ``inline_config``."""
 
     claims: tuple[InlineClaim, ...] = ()
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> Self:
+        listed = [(claim.namespace, claim.claim) for claim in self.claims]
+        for key in listed:
+            if listed.count(key) > 1:
+                raise ValueError(f"claim '{key[1]}' of namespace '{key[0]}' is listed twice: put its targets into one entry")
+        for claim in self.claims:
+            for target in claim.targets:
+                if target.claim and (claim.namespace, target.claim) not in listed:
+                    raise ValueError(
+                        f"the target '{target.prefix}' of claim '{claim.claim}' lies in claim '{target.claim}', which is "
+                        f"not listed for namespace '{claim.namespace}': list it, with its directory"
+                    )
+        return self
 
 
 class Settings(BaseSettings):

@@ -19,9 +19,11 @@ TIMEOUT = 30.0
 PAGE = 500
 """Objects in one page of a list: bounds the memory of a resync of ten thousand artifacts."""
 NOTE_MAX = 1024
-"""The API's own limit of an event's note."""
+"""The API's own limit of an event's note, in bytes."""
 FIELD_MANAGER = "checkpoint-operator"
 _MERGE_PATCH = "application/merge-patch+json"
+
+_METADATA_ONLY = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
 
 Answer = TypeVar("Answer")
 
@@ -46,6 +48,7 @@ class Kube:
     """The requests that the operator makes, and so the rights that it needs (``deploy/rbac.yaml``)."""
 
     def __init__(self, api: client.ApiClient) -> None:
+        self._api = api
         self._objects = client.CustomObjectsApi(api)
         self._events = client.EventsV1Api(api)
 
@@ -70,6 +73,32 @@ class Kube:
         else:
             answer = self._objects.list_namespaced_custom_object(names.GROUP, names.VERSION, namespace, names.PLURAL, **more)
         return answer
+
+    async def list_versions(self, namespaces: tuple[str, ...]) -> AsyncIterator[tuple[tuple[str, str], str]]:
+        """((namespace, name), resourceVersion) of every artifact: the server sends metadata alone, a tenth of the bytes."""
+        base = f"/apis/{names.GROUP}/{names.VERSION}"
+        for path in [f"{base}/namespaces/{name}/{names.PLURAL}" for name in namespaces] or [f"{base}/{names.PLURAL}"]:
+            token: str | None = None
+            while True:
+                query = [("limit", PAGE), *([("continue", token)] if token else [])]
+                page = await self._ask(
+                    self._api.call_api(
+                        path,
+                        "GET",
+                        query_params=query,
+                        header_params={"Accept": _METADATA_ONLY},
+                        response_types_map={200: "object"},
+                        auth_settings=["BearerToken"],
+                        _return_http_data_only=True,
+                        _request_timeout=TIMEOUT,
+                    )
+                )
+                for item in page["items"]:
+                    metadata = item["metadata"]
+                    yield (metadata["namespace"], metadata["name"]), metadata["resourceVersion"]
+                token = page["metadata"].get("continue")
+                if not token:
+                    break
 
     async def get(self, namespace: str, name: str) -> JsonObject:
         """One artifact as it is now. Raises :class:`NotFound`."""
@@ -123,7 +152,7 @@ class Kube:
             "type": "Warning" if warning else "Normal",
             "reason": reason,
             "action": "Reconcile",
-            "note": note if len(note) <= NOTE_MAX else note[: NOTE_MAX - 1] + "…",
+            "note": _cut(note),
             "eventTime": now.isoformat(timespec="microseconds"),
             "reportingController": f"{names.GROUP}/operator",
             "reportingInstance": os.environ.get("HOSTNAME", "operator")[:128],
@@ -137,6 +166,12 @@ class Kube:
             _refuse(error)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise KubeError(f"the API server cannot be reached: {type(error).__name__}: {error}") from error
+
+
+def _cut(note: str) -> str:
+    """As much of a note as the API takes: it counts bytes."""
+    data = note.encode()
+    return note if len(data) <= NOTE_MAX else data[: NOTE_MAX - 3].decode(errors="ignore") + "…"
 
 
 def _refuse(error: ApiException) -> NoReturn:

@@ -73,7 +73,7 @@ async def run(settings: Settings, inline: InlineConfig) -> None:
         handlers.register(registry, reconciler)
         namespaces = settings.namespace_list
         # Who decides about data must know everybody who names it: no worker starts on a cache that is half full.
-        await reconciler.resync(namespaces)
+        await reconciler.fill(namespaces)
         tasks = [
             *(asyncio.create_task(reconciler.work(), name=f"worker {n}") for n in range(settings.reconcile_workers)),
             asyncio.create_task(resync_forever(reconciler, namespaces, settings.resync_seconds), name="resync"),

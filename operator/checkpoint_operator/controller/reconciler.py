@@ -58,8 +58,14 @@ class ArtifactCache:
         key = (metadata["namespace"], metadata["name"])
         known = self._bodies.get(key)
         if live or known is None or _version(body) >= _version(known):
-            self._bodies[key] = {**body, "metadata": _trimmed(metadata)}
+            kept = {**body, "metadata": _trimmed(metadata)}
+            self._bodies[key] = _remnant(kept) if _is_settled(kept) else kept
         return key
+
+    def version(self, key: Key) -> str | None:
+        """The resourceVersion of what is kept, or None."""
+        body = self._bodies.get(key)
+        return str(body["metadata"]["resourceVersion"]) if body else None
 
     def remove(self, key: Key) -> None:
         self._bodies.pop(key, None)
@@ -90,6 +96,20 @@ def _trimmed(metadata: JsonObject) -> JsonObject:
     annotations = metadata.get("annotations", {})
     kept["annotations"] = {name: annotations[name] for name in _KEPT_ANNOTATIONS if name in annotations}
     return kept
+
+
+def _remnant(body: JsonObject) -> JsonObject:
+    """What is needed of an artifact that has ended: that it has, and where its data is. Most artifacts of a cluster have,
+    and a change of one comes with a whole new object."""
+    spec, status = body["spec"], body["status"]
+    return {
+        "metadata": body["metadata"],
+        "spec": {
+            "source": {"persistentVolumeClaim": spec["source"]["persistentVolumeClaim"], "path": "."},
+            "target": spec["target"],
+        },
+        "status": {name: status[name] for name in ("phase", "observedGeneration", "retryHandled") if name in status},
+    }
 
 
 def _version(body: JsonObject) -> int:
@@ -127,24 +147,23 @@ class Reconciler:
             key = self.cache.put(body)
         self._queue.add(key)
 
-    async def resync(self, namespaces: tuple[str, ...]) -> None:
-        """List everything, forget what is gone, look at everything: finds what a broken watch never told."""
-        seen = {self.cache.put(body) async for body in self._kube.list_artifacts(namespaces)}
-        for key in self.cache.keys():  # noqa: SIM118 - not a mapping
-            if key not in seen:
-                await self._confirm_gone(key)
-        for key in seen:
-            body = self.cache.get(key)
-            if body and not _is_settled(body):
-                self._queue.add(key)
+    async def fill(self, namespaces: tuple[str, ...]) -> None:
+        """Learn of everybody, before any worker decides about data that somebody else may name."""
+        async for body in self._kube.list_artifacts(namespaces):
+            if not _is_settled(body):
+                self._queue.add(self.cache.put(body))
+            else:
+                self.cache.put(body)
 
-    async def _confirm_gone(self, key: Key) -> None:
-        # It may have been created while the pages of the list were read.
-        try:
-            self.cache.put(await self._kube.get(*key))
-        except NotFound:
-            self.cache.remove(key)
-            self._queue.add(key)
+    async def resync(self, namespaces: tuple[str, ...]) -> None:
+        """Find what a broken watch never told: compare the versions of everything, fetch what differs."""
+        seen = {key: version async for key, version in self._kube.list_versions(namespaces)}
+        for key in {*seen, *self.cache.keys()}:
+            # What is not in the list may have been created while its pages were read.
+            if self.cache.version(key) != seen.get(key):
+                await self._refresh(key)
+            elif not _is_settled(self.cache.get(key) or {}):
+                self._queue.add(key)
 
     async def work(self) -> None:
         """One worker; runs for ever. An error of one key never ends it."""
@@ -187,7 +206,7 @@ class Reconciler:
             if self._executor.stop_others(key, body["metadata"]["uid"] if body else None):
                 # The mover of an object that is gone keeps its place until it has ended; its end is reported to this key.
                 return LOOK_AGAIN
-            if body is None:
+            if body is None or _is_settled(body):
                 self._release(key)
                 return None
             try:

@@ -44,20 +44,22 @@ class Mover:
         self._writing = threading.Lock()
         self.cancelled = threading.Event()
         self._wrote = False
+        self._who = "a mover without a plan"
 
     def run(self) -> int:
         """Run the plan of the environment; the exit code. Every exception becomes a result."""
         try:
             result = self._execute(self._read_plan())
         except Cancelled:
-            _log.info("stopped on request; what was stored stays")
+            _log.info("%s: stopped on request; what was stored stays", self._who)
             return TERMINATED
         except StorageError as error:
-            _log.error("%s", error)
+            # The operator says it too, with the artifact's name; here is where to look closer.
+            _log.info("%s: %s", self._who, error)
             result = Result(failure=Failure(reason=error.reason, message=error.message, wrote=self._wrote))
         except Exception as error:
             # Only the type goes into the result: the text of an unknown exception may hold anything.
-            _log.exception("the mover met a bug")
+            _log.exception("%s: a bug", self._who)
             result = Result(
                 failure=Failure(
                     reason=Reason.INTERNAL, message=f"{type(error).__name__}: see the mover's log, and report it"
@@ -80,6 +82,7 @@ class Mover:
             raise StorageError(Reason.INVALID_SPEC, f"the plan in {ENV_PLAN} is not valid, see: {fields}") from error
 
     def _execute(self, plan: Plan) -> Result:
+        self._who = f"{plan.operation.lower()} of artifact {plan.artifact_uid}"
         try:
             uri = TargetURI.parse(plan.target_uri)
         except InvalidURI as error:
@@ -165,7 +168,7 @@ def _be_the_first_to_go() -> None:
 
 def main() -> int:
     """Entry point; reads the plan from the environment."""
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)-7s %(name)s: %(message)s")
     # The identity of the machine belongs to nobody who may write a custom resource.
     os.environ["AWS_EC2_METADATA_DISABLED"] = "true"
     output = _own_output()

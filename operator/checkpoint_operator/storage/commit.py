@@ -267,7 +267,8 @@ def _share(seen: Seen, uri: str) -> Steps:
     if not isinstance(marker, Manifest):
         raise _busy(
             uri,
-            f"artifact {marker.artifact_uid} is {marker.state.lower()} there (if it is gone for good: ckpt rm --force URI)",
+            f"artifact {marker.artifact_uid} is {marker.state.lower()} there; if it is gone for good, remove "
+            "the place with the library: delete(uri, force=True)",
         )
     digest = yield from _ask(HashSource(), str)
     if digest != marker.content_digest:

@@ -76,11 +76,11 @@ class LocalStorageBackend:
             place = request.uri
             if request.layout is Layout.UNIQUE:
                 place = unique_place(request.uri, uid, listing.fingerprint)
-            request.on_write()
             parent, name = self._parent(stack, place, tree)
             seen = _read_marker(parent, name, place)
             if seen is not None:
                 return _judge(seen, uid, lambda: content_digest(_hash_all(tree, listing.files, request)), place)
+            request.on_write()
             staging = stack.enter_context(_staging(parent, uid, place))
             table = FileTable(
                 files=_copy_all(tree, listing.files, staging, request),

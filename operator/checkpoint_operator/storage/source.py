@@ -94,6 +94,7 @@ class SourceTree:
     selection: Selection = field(default_factory=Selection)
     cancelled: threading.Event = field(default_factory=threading.Event)
     _descriptor: int = -1
+    _looked: int = 0
     _single: str | None = None
 
     def __enter__(self) -> "SourceTree":
@@ -122,7 +123,7 @@ class SourceTree:
                 there = ", ".join(sorted(os.listdir(above))[:10]) or "nothing"
             raise StorageError(
                 Reason.SOURCE_NOT_FOUND,
-                f"source.path '{self.path}' does not exist; beside it the volume holds: {there}",
+                f"source.path '{self.path}' does not exist; beside it lie: {there}",
                 path=self.path,
             ) from error
         except OSError as error:
@@ -193,7 +194,8 @@ class SourceTree:
                 path=prefix,
             )
         for name in names:
-            if self.cancelled.is_set():
+            self._looked += 1
+            if self._looked % 256 == 0 and self.cancelled.is_set():
                 raise Cancelled
             path = prefix + name
             if self.selection.excludes(path):
@@ -305,7 +307,7 @@ class SourceTree:
             finally:
                 os.close(directory)
             whose = f"it belongs to {owner.st_uid}:{owner.st_gid} with mode {stat.S_IMODE(owner.st_mode):04o}"
-            way_out = f"set spec.mover.runAsUser: {owner.st_uid}, or chmod it"
+            way_out = f"let the mover run as user {owner.st_uid}, or chmod the files"
         except OSError:
             whose, way_out = "its owner cannot be seen", "give the mover's user access to the folder"
         return StorageError(

@@ -11,7 +11,7 @@ import hashlib
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
@@ -128,11 +128,14 @@ class Transfer:
         workers = max(1, min(self.workers, BUFFER_BUDGET // self.store.part_size(largest)))
         with ThreadPoolExecutor(workers, thread_name_prefix="transfer") as pool:
             futures = [pool.submit(work, file) for file in files]
-            _, pending = wait(futures, return_when=FIRST_EXCEPTION)
-            if pending:
-                self._stop.set()
-                for future in pending:
-                    future.cancel()
+            pending: set[Future[Outcome]] = set(futures)
+            try:
+                _, pending = wait(futures, return_when=FIRST_EXCEPTION)
+            finally:  # a KeyboardInterrupt in a notebook as well: the pool would send everything before it lets us go
+                if pending:
+                    self._stop.set()
+                    for future in pending:
+                        future.cancel()
         failed = [error for future in futures if not future.cancelled() and (error := future.exception())]
         if failed:
             # A file that was stopped because of another one is not the cause.
