@@ -1,5 +1,6 @@
 """A real API server, a real S3 and the operator of this checkout as a process, shared by the tests of this folder."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -56,6 +57,8 @@ class Operator:
     claims: list[dict[str, Any]]
     flags: tuple[str, ...] = FAST
     process: subprocess.Popen[bytes] | None = None
+    api: FaultProxy | None = None
+    """A wire between the operator (not this test's kubectl) and the API server; set it before the start."""
     log: Path = field(init=False)
 
     def __post_init__(self) -> None:
@@ -71,6 +74,9 @@ class Operator:
 
     def start(self, *flags: str) -> None:
         command = operator_command(self.cluster, self.folder, self.claims, *self.flags, *flags)
+        if self.api is not None:
+            kubeconfig = Path(command.env["KUBECONFIG"])
+            kubeconfig.write_text(kubeconfig.read_text().replace(self.cluster.server, f"https://127.0.0.1:{self.api.port}"))
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 command.argv, env={**command.env, "PATH": os.environ["PATH"]}, stdout=log, stderr=log
@@ -164,6 +170,19 @@ class Operator:
         assert self.process is not None
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
         return [int(pid) for pid in children if b"checkpoint_operator.mover" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+    def movers(self) -> dict[int, str]:
+        """The UID of the artifact that each mover of this operator works for, by the mover's process id."""
+        found = {}
+        assert self.process is not None
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        for pid in children:
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it ended while we looked
+                for variable in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+                    name, _, value = variable.partition(b"=")
+                    if name == b"CHECKPOINT_PLAN":
+                        found[int(pid)] = str(json.loads(value)["artifactUID"])
+        return found
 
 
 def profile(folder: Path, access_key: str, secret_key: str) -> str:

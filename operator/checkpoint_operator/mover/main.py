@@ -57,6 +57,8 @@ class Mover:
             # The operator says it too, with the artifact's name; here is where to look closer.
             _log.info("%s: %s", self._who, error)
             result = Result(failure=Failure(reason=error.reason, message=error.message, wrote=self._wrote))
+        except BrokenPipeError:
+            raise  # the operator is gone, and nobody reads our progress any more: see main()
         except Exception as error:
             # Only the type goes into the result: the text of an unknown exception may hold anything.
             _log.exception("%s: a bug", self._who)

@@ -4,6 +4,7 @@ The mover may be more powerful than whoever owns the volume, so every name is op
 O_NOFOLLOW: a folder that is swapped for a symlink between scan and read gives an error, not another file's content.
 """
 
+import errno
 import os
 import stat
 import threading
@@ -123,7 +124,7 @@ class SourceTree:
                 there = ", ".join(sorted(os.listdir(above))[:10]) or "nothing"
             raise StorageError(
                 Reason.SOURCE_NOT_FOUND,
-                f"source.path '{self.path}' does not exist; beside it lie: {there}",
+                f"source.path '{_short(self.path)}' does not exist; beside it lie: {there}",
                 path=self.path,
             ) from error
         except OSError as error:
@@ -317,14 +318,24 @@ class SourceTree:
         )
 
     def _cannot_open(self, error: OSError, path: str) -> StorageError:
+        shown, given = _short(path), _short(self.path)
         if isinstance(error, FileNotFoundError):
-            reason, text = Reason.SOURCE_NOT_FOUND, f"source.path '{self.path}': '{path}' does not exist"
+            reason = Reason.SOURCE_NOT_FOUND
+            text = f"source.path '{given}': '{shown}' does not exist; it is relative to the root of the claim"
+        elif error.errno == errno.ENAMETOOLONG:
+            reason = Reason.SOURCE_NOT_FOUND
+            text = f"source.path '{given}': '{shown}' is too long for a name; a segment has at most 255 bytes"
         elif isinstance(error, PermissionError):
-            reason, text = Reason.SOURCE_UNREADABLE, f"'{path}' cannot be opened by user {os.geteuid()}"
+            reason, text = Reason.SOURCE_UNREADABLE, f"'{shown}' cannot be opened by user {os.geteuid()}: let it read there"
         else:
             reason = Reason.SOURCE_UNSUPPORTED
-            text = f"'{path}' is no folder, or a symlink (links are not followed): {error.strerror}"
+            text = f"'{shown}' is no folder, or a symlink (links are not followed): {error.strerror}"
         return StorageError(reason, text, path=path)
+
+
+def _short(path: str) -> str:
+    """A path for a sentence that must keep room for what it says."""
+    return path if len(path) <= 120 else f"{path[:60]}…{path[-60:]}"
 
 
 @dataclass
