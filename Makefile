@@ -4,31 +4,32 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
 
-PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# The lock decides what is installed, pyproject.toml how our own package is; each has its stamp.
+LOCKED := $(VENV)/.locked
 STAMP := $(VENV)/.stamp
-export PYTHONPATH := deploy/local
+CACHE := $${CHECKPOINT_OPERATOR_CACHE:-~/.cache/checkpoint-operator}
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+export PYTHONPATH := $(CURDIR)/deploy/local
 # The tests' and the demo's AWS clients never ask a cloud's metadata address.
 export AWS_EC2_METADATA_DISABLED := true
 
 .PHONY: help
 help:  ## What there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
-	@echo "Built once and kept: $${CHECKPOINT_OPERATOR_CACHE:-~/.cache/checkpoint-operator}"
+	@echo "Kubernetes is built once and kept in $(CACHE)"
 
 .PHONY: demo
 demo: $(STAMP)  ## The main job, live: a checkpoint goes from a volume to a bucket (KEEP=1: leave it running)
-	@$(BIN)/python deploy/demo/demo.py
+	@$(BIN)/python deploy/demo
 
 .PHONY: demo-down
 demo-down: $(STAMP)  ## Stop what `make demo KEEP=1` left running
-	@$(BIN)/python deploy/demo/demo.py down
+	@$(BIN)/python deploy/demo down
 
 .PHONY: test
-test: $(STAMP)  ## All tests, with a real Kubernetes and a real S3
-	@echo "==> Kubernetes for the tests (built once, which takes about nine minutes)"
-	@$(BIN)/python -m local_cluster build >/dev/null
+test: programs  ## All tests, with a real Kubernetes and a real S3
 	@echo "==> all tests"
 	@$(BIN)/python -m pytest
 
@@ -41,10 +42,11 @@ lint: $(STAMP)  ## ruff, mypy, the rooms of the design, and generated files
 	@echo "==> ruff"
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
-	@echo "==> mypy"
+	@echo "==> mypy: the package, then the tools beside it"
 	@$(BIN)/mypy
+	@$(BIN)/mypy deploy/generate.py deploy/demo/*.py deploy/local/local_cluster/*.py
 	@echo "==> import-linter"
-	@$(BIN)/lint-imports
+	@$(BIN)/lint-imports --no-logo
 	@echo "==> generated files"
 	@$(BIN)/python deploy/generate.py --check
 
@@ -53,8 +55,8 @@ generate: $(STAMP)  ## Write the CRD and the tables in docs/ from the code
 	@$(BIN)/python deploy/generate.py
 
 .PHONY: bench
-bench: $(STAMP)  ## The transfer engine against the SDK's own upload, in the same run
-	@$(BIN)/python benchmarks/transfer.py
+bench: $(STAMP)  ## What is in benchmarks/: tables, never a timed test
+	@for file in benchmarks/*.py; do echo "==> $$file"; $(BIN)/python "$$file"; done
 
 .PHONY: cluster-up
 cluster-up: $(STAMP)  ## A Kubernetes to try things on; prints two export lines
@@ -65,23 +67,51 @@ cluster-down: $(STAMP)  ## Stop it
 	@$(BIN)/python -m local_cluster down
 
 .PHONY: lock
-lock: $(STAMP)  ## Lock the dependencies anew, with hashes (uv comes from a throw-away environment)
-	@$(PYTHON) -m venv $(VENV)/uv && $(VENV)/uv/bin/pip install --quiet uv
-	@$(VENV)/uv/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
-		--no-emit-index-url --group dev --extra s3 --extra operator pyproject.toml --output-file requirements/dev.txt
+lock:  ## Lock the dependencies anew, with hashes (uv comes from a throw-away environment)
+	@$(find_python); folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; \
+		"$$python" -m venv "$$folder" && "$$folder/bin/pip" --disable-pip-version-check --quiet install uv; \
+		"$$folder/bin/uv" pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
+			--no-emit-index-url --group dev --extra s3 --extra operator pyproject.toml --output-file requirements/dev.txt
+	@echo "wrote requirements/dev.txt"
 
 .PHONY: clean
 clean:  ## Remove what was made in this folder (what was built once is kept)
-	@rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	@rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis benchmarks/results
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+	@echo "Kept: the Kubernetes that was built once, in $(CACHE)"
 
-# Not dependent on the whole pyproject.toml: only what is installed matters, and the lock says that.
-$(STAMP): requirements/dev.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-		echo "Python 3.11 or newer is needed, '$(PYTHON)' is $$($(PYTHON) --version 2>&1): make PYTHON=/path/to/python3.12 …" >&2; exit 1; }
-	@echo "==> Python environment in $(VENV) (once, about a minute)"
-	@$(PYTHON) -m venv --clear $(VENV) || { \
-		echo "the module 'venv' does not work: on Debian and Ubuntu, apt install python3-venv" >&2; exit 1; }
-	@$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements/dev.txt
-	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+# Where somebody provides a cluster or its programs, there is nothing to build.
+.PHONY: programs
+programs: $(STAMP)
+	@if [ -z "$${KUBEBUILDER_ASSETS:-}" ] && [ "$${CLUSTER_PROVIDER:-native}" = native ]; then \
+		echo "==> Kubernetes (built once, which takes about nine minutes; kept in $(CACHE))"; \
+		$(BIN)/python -m local_cluster build >/dev/null; fi
+
+# The first that is new enough; PYTHON=/path/to/python3.12 decides otherwise.
+PYTHON ?=
+define find_python
+python=; for candidate in $(or $(PYTHON),python3 python3.14 python3.13 python3.12 python3.11); do \
+	if "$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then python=$$candidate; break; fi; \
+done; \
+if [ -z "$$python" ]; then \
+	echo "Python 3.11 or newer is needed, and there is none: tried $(or $(PYTHON),python3 and python3.11 to python3.14)." >&2; \
+	echo "Install one, or name it: make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)" >&2; exit 1; \
+fi; \
+if ! "$$python" -c 'import venv, ensurepip' >/dev/null 2>&1; then \
+	echo "$$python cannot make environments, its modules venv and ensurepip are missing." >&2; \
+	echo "On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; \
+fi
+endef
+
+# What these say goes to standard error: `eval "$(make -s cluster-up)"` reads the other.
+$(LOCKED): requirements/dev.txt
+	@$(find_python); \
+		echo "==> Python environment in $(VENV), with $$("$$python" --version) (once, about a minute)" >&2; \
+		"$$python" -m venv --clear $(VENV) >&2
+	@$(PIP) install --require-hashes -r requirements/dev.txt >&2
+	@touch $@
+
+$(STAMP): $(LOCKED) pyproject.toml
+	@echo "==> this checkout, into $(VENV)" >&2
+	@$(PIP) install --no-deps --no-build-isolation --editable . >&2
 	@touch $@

@@ -82,7 +82,8 @@ class Demo:
                 continue
             if any(str(self.temp).encode() in text for text in texts):
                 found.append(texts[0].decode(errors="replace"))
-        return found + [str(path) for path in self.temp.rglob("*") if path.is_file()]
+        # Unlike rglob, os.walk does not mind a folder that is being removed right now.
+        return found + [os.path.join(folder, name) for folder, _, names in os.walk(self.temp) for name in names]
 
 
 @pytest.fixture

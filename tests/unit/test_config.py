@@ -55,7 +55,7 @@ def test_without_a_file_nothing_is_served_inline() -> None:
             "https://",
         ),
         (
-            "claims: [{namespace: a, claim: b, directory: /, targets: [{prefix: 's3://bucket', credentialsDirectory: /no}]}]",
+            "claims: [{namespace: a, claim: b, directory: /, targets: [{prefix: 's3://buck', credentialsDirectory: /x}]}]",
             "mount the Secret",
         ),
         ("claims: [{namespace: a, claim: b, directory: /}, {namespace: a, claim: b, directory: /}]", "listed twice"),

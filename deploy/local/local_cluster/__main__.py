@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 
 from . import detached
@@ -20,6 +21,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("command", choices=["up", "down", "env", "status", "build"])
     parser.add_argument("--name", default="local", help="several clusters can run side by side (default: %(default)s)")
     options = parser.parse_args(arguments)
+    # Whoever starts us in the background of a script has SIGINT ignored, and then nothing could interrupt an `up`.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         if options.command == "up":
             print(detached.exports(detached.up(options.name, say=say)))

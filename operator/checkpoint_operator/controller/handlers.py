@@ -47,7 +47,7 @@ def settings() -> kopf.OperatorSettings:
     chosen.persistence.finalizer = f"{names.GROUP}/kopf-unused"
     chosen.watching.server_timeout = 300
     chosen.watching.connect_timeout = 10
-    chosen.watching.chunk_size = 500  # peak memory 199 instead of 365 MB at 10,000 artifacts
+    chosen.watching.chunk_size = 100  # whole objects of one page are in memory several times over
     chosen.networking.request_timeout = 30
     # A watch that exhausts its retries stops the operator: an API server may be away for hours.
     chosen.networking.error_backoffs = [1, 2, 5, *([10] * 24 * 360)]

@@ -16,7 +16,7 @@ from checkpoint_operator.api.base import JsonObject
 
 TIMEOUT = 30.0
 """Seconds for one request."""
-PAGE = 500
+PAGE = 100
 """Objects in one page of a list: bounds the memory of a resync of ten thousand artifacts."""
 NOTE_MAX = 1024
 """The API's own limit of an event's note, in bytes."""
