@@ -39,7 +39,7 @@ from checkpoint_operator.storage.folders import (
 )
 from checkpoint_operator.storage.manifest import FileTable, StoredFile, content_digest
 from checkpoint_operator.storage.marker import DELETING_NAME, ForeignMarker, Manifest, Seen
-from checkpoint_operator.storage.objects import derive_uid, require_manifest, unique_place
+from checkpoint_operator.storage.objects import derive_uid, require_manifest, stored_at, unique_place
 from checkpoint_operator.storage.source import OpenFile, SourceFile, SourceTree
 from checkpoint_operator.storage.transfer import Meter
 
@@ -121,7 +121,7 @@ class LocalStorageBackend:
                     raise
                 return _judge(seen, uid, lambda: manifest.content_digest, place)
             os.fsync(parent)
-            return _stored(manifest, marker.digest(data), place, owner=True)
+            return stored_at(place, manifest, marker.digest(data), owner=True)
 
     def _committed_before(self, uri: TargetURI, uid: str, layout: Layout) -> Stored | None:
         for place in self._places(uri, uid, layout):
@@ -129,7 +129,7 @@ class LocalStorageBackend:
                 parent, name = self._existing_parent(stack, place)
                 seen = _read_marker(parent, name, place)
                 if seen and isinstance(seen.marker, Manifest) and seen.marker.artifact_uid == uid:
-                    return _stored(seen.marker, seen.digest, place, owner=True)
+                    return stored_at(place, seen.marker, seen.digest, owner=True)
         return None
 
     def _places(self, uri: TargetURI, uid: str, layout: Layout) -> list[TargetURI]:
@@ -235,22 +235,11 @@ def _judge(seen: Seen, uid: str, digest: Callable[[], str], place: TargetURI) ->
     if not isinstance(manifest, Manifest):
         raise StorageError(Reason.TARGET_BUSY, "a checkpoint is being removed there", uri=str(place))
     if manifest.artifact_uid == uid or digest() == manifest.content_digest:
-        return _stored(manifest, seen.digest, place, owner=manifest.artifact_uid == uid)
+        return stored_at(place, manifest, seen.digest, owner=manifest.artifact_uid == uid)
     raise StorageError(
         Reason.TARGET_EXISTS,
         f"artifact {manifest.artifact_uid} has committed another checkpoint there: choose another URI",
         uri=str(place),
-    )
-
-
-def _stored(manifest: Manifest, digest: str, place: TargetURI, *, owner: bool) -> Stored:
-    return Stored(
-        storage_uri=str(place),
-        size_bytes=manifest.table.size,
-        file_count=len(manifest.table.files),
-        manifest_digest=digest,
-        content_digest=manifest.content_digest,
-        data_owner=owner,
     )
 
 

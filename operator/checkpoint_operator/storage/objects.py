@@ -206,16 +206,20 @@ def _read_marker(store: ObjectStore, place: TargetURI) -> Seen | None:
     return marker.decode(*found, str(place)) if found else None
 
 
-def _stored(committed: commit.Committed, place: TargetURI) -> Stored:
-    manifest = committed.manifest
+def stored_at(place: TargetURI, manifest: Manifest, digest: str, *, owner: bool) -> Stored:
+    """What a committed checkpoint is, for whoever asked; ``digest`` is that of the manifest's bytes."""
     return Stored(
         storage_uri=str(place),
         size_bytes=manifest.table.size,
         file_count=len(manifest.table.files),
-        manifest_digest=committed.seen.digest,
+        manifest_digest=digest,
         content_digest=manifest.content_digest,
-        data_owner=committed.owner,
+        data_owner=owner,
     )
+
+
+def _stored(committed: commit.Committed, place: TargetURI) -> Stored:
+    return stored_at(place, committed.manifest, committed.seen.digest, owner=committed.owner)
 
 
 class _Source:
