@@ -71,7 +71,7 @@ lock:  ## Lock the dependencies anew, with hashes (uv comes from a throw-away en
 	@$(find_python); folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; \
 		"$$python" -m venv "$$folder" && "$$folder/bin/pip" --disable-pip-version-check --quiet install uv; \
 		"$$folder/bin/uv" pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
-			--no-emit-index-url --group dev --extra s3 --extra operator pyproject.toml --output-file requirements/dev.txt
+			--no-emit-index-url --group dev --extra s3 --extra gcs --extra azure --extra operator pyproject.toml --output-file requirements/dev.txt
 	@echo "wrote requirements/dev.txt"
 
 .PHONY: clean

@@ -30,7 +30,10 @@ class TargetOptions(ApiModel):
     endpoint: str | None = None
     region: str | None = None
     force_path_style: bool = False
+    ca_bundle: str | None = None
+    """A PEM file of the certificate authorities to trust instead of the system's; verification itself is never off."""
     storage_class: str | None = None
+    azure_account: str | None = None
     sse_kms_key_id: str | None = Field(default=None, alias="sseKMSKeyID")
     file_root: str | None = None
     """For ``file://``: the directory where the target claim is mounted; the URI's path is taken below it."""

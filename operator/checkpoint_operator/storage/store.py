@@ -3,11 +3,16 @@
 The call order that the callers keep, and that an implementation may rely on: marker verbs (``read``, ``create``, ``swap``,
 ``remove``) see small objects only; a data object is written once, by ``put`` or by ``start_upload`` … ``finish_upload``.
 Every method may be called from several threads at once. Errors are :class:`StorageError`; no SDK exception leaves.
+
+Checksums: the engine hands every body to :meth:`ObjectStore.digest` exactly once, while it is in the CPU's cache, and gives
+the answer back with the body; the store sends it along, so that the other side refuses a body that was damaged on its way.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
+
+Buffer = bytes | bytearray | memoryview
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,32 @@ class Written:
     checksum: str | None
 
 
+@dataclass(frozen=True)
+class Piece:
+    """A body of ``size`` bytes whose :meth:`ObjectStore.digest` is ``digest``."""
+
+    size: int
+    digest: bytes
+
+
+@dataclass(frozen=True)
+class Part:
+    """Piece ``number`` (from 1) of an unfinished upload. ``digest`` is None where the store's listing does not say it."""
+
+    number: int
+    size: int
+    token: str
+    digest: bytes | None
+
+
+@dataclass(frozen=True)
+class Upload:
+    """An unfinished object in several pieces."""
+
+    key: str
+    id: str
+
+
 class ObjectStore(Protocol):
     """One bucket (or container) of one store. Keys are UTF-8 strings, taken literally.
 
@@ -56,37 +87,55 @@ class ObjectStore(Protocol):
         """Remove exactly that version; an object that is gone, or another version, is left alone."""
 
     def list(self, prefix: str) -> Iterator[Entry]:
-        """Every object whose key begins with the prefix, in pages, sorted by key."""
+        """Every object whose key begins with the prefix, in pages, sorted by the UTF-8 bytes of the key.
+
+        Pieces of unfinished uploads are no objects, whatever the store keeps them as.
+        """
 
     def stat(self, key: str) -> Stat | None:
         """What the store says of one object, checksum included, or None."""
 
-    def fetch(self, key: str, token: str, start: int, length: int) -> bytes:
+    def fetch(self, key: str, token: str, start: int, length: int) -> Buffer:
         """A range of exactly that version. Raises IntegrityMismatch where the object is another version by now."""
+
+    def refusal(self, key: str) -> str | None:
+        """Why this store could not keep a key exactly as it is, as the end of "the name …", or None. Pure, no request."""
 
     def part_size(self, size: int) -> int:
         """Into what pieces a file of this size is cut; a pure function, so that a later attempt cuts in the same way."""
 
-    def checksum(self, part_digests: Sequence[bytes]) -> str:
-        """What :attr:`Stat.checksum` of an object written in these pieces (SHA-256 each) must be."""
+    def digest(self, body: Buffer) -> bytes:
+        """The checksum that this store verifies on arrival (CRC64NVME, CRC32C, MD5). Runs without the interpreter's lock."""
 
-    def put(self, key: str, body: bytes, digest: bytes, owner: str) -> Written | None:
-        """Create an object in one request; the store refuses a body that does not have this SHA-256."""
+    def checksum(self, pieces: Sequence[Piece]) -> str:
+        """What :attr:`Stat.checksum` of an object written in these pieces must be."""
+
+    def put(self, key: str, body: Buffer, digest: bytes, owner: str) -> Written | None:
+        """Create an object in one request; the store refuses a body that does not have this digest."""
 
     def start_upload(self, key: str, owner: str) -> str:
         """Begin an object in several pieces; the upload's id."""
 
-    def put_part(self, key: str, upload_id: str, number: int, body: bytes, digest: bytes) -> str:
-        """Send piece ``number`` (from 1); its token. Raises :class:`UploadLost`."""
+    def put_part(self, key: str, upload_id: str, number: int, body: Buffer, digest: bytes) -> str:
+        """Send piece ``number`` (from 1); its token. Sent again it replaces the piece. Raises :class:`UploadLost`."""
 
-    def finish_upload(self, key: str, upload_id: str, parts: Sequence[str], digests: Sequence[bytes]) -> Written | None:
-        """Make the object of its pieces, if the key is absent. Raises :class:`UploadLost`."""
+    def finish_upload(self, key: str, upload_id: str, parts: Sequence[Part], owner: str) -> Written | None:
+        """Make the object of exactly these parts (all with a digest, in order), if the key is absent.
+
+        Raises :class:`UploadLost`, also where a part is not what it was: then the object is to be begun anew.
+        """
 
     def abort_upload(self, key: str, upload_id: str) -> None:
         """Forget an unfinished upload; one that is gone is fine."""
 
-    def list_uploads(self, prefix: str) -> Iterator[tuple[str, str]]:
-        """(key, upload id) of every unfinished upload below a prefix."""
+    def list_uploads(self, prefix: str) -> Iterator[Upload]:
+        """Every unfinished upload below a prefix."""
+
+    def list_parts(self, key: str, upload_id: str) -> Sequence[Part]:
+        """The pieces that an unfinished upload has by now; none where it is gone."""
+
+    def is_part(self, part: Part, body: Buffer, digest: bytes) -> bool:
+        """Whether a listed part is this body: by its digest, or by whatever else the listing says of its content."""
 
     def without_conditions(self) -> "ObjectStore":
         """The same bucket, with each condition checked by a look before the write. Only for keys that are not shared."""
