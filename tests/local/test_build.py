@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 import threading
 from pathlib import Path
 
 import pytest
 
 from local_cluster import LocalClusterError
-from local_cluster.build import KUBE_SOURCE, NAMES, Source, build
+from local_cluster.build import KUBE_SOURCE, NAMES, VERSITYGW_SOURCE, Source, build, build_go_program
+from local_cluster.go_build import pinned_version
 from local_cluster.go_toolchain import find_go, wanted_version
 from local_cluster.paths import CACHE_VARIABLE, locked
 
@@ -93,6 +95,31 @@ def test_the_second_builder_says_that_it_waits(small: Path, tmp_path: Path) -> N
         assert waiting.wait(10)
     thread.join(60)
     assert (folder / "kubectl").exists()
+
+
+def test_a_program_of_any_pinned_module_is_built_once_and_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    made, folder = tmp_path / "made", tmp_path / "pin"
+    for where in (made / "cmd" / "greeter", folder):
+        where.mkdir(parents=True)
+    (made / "go.mod").write_text("module example.org/made\n\ngo 1.20\n")
+    (made / "cmd" / "greeter" / "main.go").write_text('package main\n\nfunc main() { print("hello") }\n')
+    (folder / "go.mod").write_text(
+        "module pin\n\ngo 1.20\n\nrequire example.org/made v0.9.1 // indirect\n\nreplace example.org/made => ../made\n"
+    )
+    said: list[str] = []
+    program = build_go_program(folder, "example.org/made/cmd/greeter", "greeter", said.append)
+    assert subprocess.run([program], capture_output=True, check=True, text=True).stderr == "hello"
+    assert any("building greeter v0.9.1 with " in line for line in said)
+    said.clear()
+    assert build_go_program(folder, "example.org/made/cmd/greeter", "greeter", said.append) == program
+    assert said == []
+    with pytest.raises(LocalClusterError, match=r"requires no released version of example\.org/other; add that line"):
+        build_go_program(folder, "example.org/other", "other", said.append)
+
+
+def test_versitygw_is_pinned_to_a_release() -> None:
+    assert pinned_version(VERSITYGW_SOURCE, "github.com/versity/versitygw") == "v1.8.0"
 
 
 def test_a_go_that_is_too_old_and_cannot_be_replaced_says_what_to_install(

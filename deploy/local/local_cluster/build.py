@@ -1,24 +1,14 @@
-"""Builds every Kubernetes program as one binary, once for each version of its source, into the cache."""
+"""What is built here: every Kubernetes program as one binary, and the programs of other pinned Go modules."""
 
 from __future__ import annotations
 
-import hashlib
-import os
-import re
-import shutil
-import signal
-import subprocess
-import threading
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import LocalClusterError
-from .go_toolchain import SETTINGS, find_go
-from .paths import cache_root, locked
+from .go_build import GoSource, Say, compile_once, pinned_version
 
-KUBE_SOURCE = Path(__file__).resolve().parent.parent / "kube"
+_LOCAL = Path(__file__).resolve().parent.parent
+KUBE_SOURCE = _LOCAL / "kube"
+VERSITYGW_SOURCE = _LOCAL / "versitygw"
 NAMES = (
     "etcd",
     "kube-apiserver",
@@ -28,26 +18,15 @@ NAMES = (
     "kube-proxy",
     "kubectl",
 )
-_REPORT_SECONDS = 5.0
-
-Say = Callable[[str], None]
+_COMMON_FLAGS = ("-trimpath", "-buildvcs=false", "-ldflags")
 
 
-@dataclass(frozen=True)
-class Source:
-    folder: Path
-    version: str
-    flags: tuple[str, ...]
+class Source(GoSource):
+    """The source of the Kubernetes programs."""
 
     @classmethod
     def of(cls, folder: Path) -> Source:
-        go_mod = folder / "go.mod"
-        if not go_mod.is_file():
-            raise LocalClusterError(f"there is no go.mod in {folder}, so there is nothing to build.")
-        found = re.search(r"^\s*k8s\.io/kubernetes (v\d+\.\d+\.\d+)\s*$", go_mod.read_text("utf-8"), re.MULTILINE)
-        if found is None:
-            raise LocalClusterError(f"{go_mod} requires no released version of k8s.io/kubernetes; add that line.")
-        version = found[1]
+        version = pinned_version(folder, "k8s.io/kubernetes")
         major, minor, _ = version.removeprefix("v").split(".")
         # Without these the programs say v0.0.0 and clients complain about it.
         variables = {
@@ -57,144 +36,26 @@ class Source:
             "k8s.io/client-go/pkg/version.gitVersion": version,
         }
         ldflags = " ".join(["-s", "-w", *(f"-X {name}={value}" for name, value in variables.items())])
-        return cls(folder, version, ("-trimpath", "-buildvcs=false", "-ldflags", ldflags))
-
-    def key(self, architecture: str) -> str:
-        digest = hashlib.sha256()
-        for name in ("go.mod", "go.sum", "main.go"):
-            path = self.folder / name
-            digest.update(path.read_bytes() if path.exists() else b"")
-            digest.update(b"\0")
-        digest.update("\0".join([*self.flags, *NAMES, architecture]).encode())
-        return f"{self.version}-{digest.hexdigest()[:16]}"
+        return cls(folder, version, (*_COMMON_FLAGS, ldflags), NAMES)
 
 
 def build(source: Path = KUBE_SOURCE, *, say: Say = print) -> Path:
-    """The folder with the programs; built first where the cache does not hold this very source yet."""
-    described = Source.of(source)
-    root = cache_root() / "kube"
-    target = root / described.key(_architecture())
-    if (target / "kubectl").exists():
-        return target
-    with locked(root / f"{target.name}.lock", lambda: say("another process builds the same programs, waiting for it")):
-        if (target / "kubectl").exists():
-            return target
-        go = find_go(source / "go.mod", say)
-        say(
-            f"building Kubernetes {described.version} with {go}: "
-            "about nine minutes on two cores the first time, kept afterwards"
-        )
-        _build_into(target, described, go, say)
-    return target
+    """The folder with the Kubernetes programs; built first where the cache does not hold this very source yet."""
+    announcement = "building Kubernetes {version} with {go}: about nine minutes on two cores the first time, kept afterwards"
+    return compile_once(Source.of(source), "kube", announcement, say)
 
 
-def _build_into(target: Path, source: Source, go: Path, say: Say) -> None:
-    log = target.parent / f"{target.name}.log"
-    # Its name is the build's own, so that the next try removes what a killed one left.
-    fresh = target.parent / f".building-{target.name}"
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir()
-    try:
-        command = [str(go), "build", "-v", *source.flags, "-o", str(fresh / "kube"), "."]
-        began = time.monotonic()
-        _run(command, source.folder, log, _count_packages(go, source.folder, log, say), say)
-        for name in NAMES:
-            (fresh / name).symlink_to("kube")
-        if target.exists():
-            shutil.rmtree(target)  # Something without a kubectl in it: no whole build.
-        fresh.rename(target)
-        say(f"built in {_clock(time.monotonic() - began)}: {target}")
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
+def build_go_program(folder: Path, package: str, name: str, say: Say, *, module: str | None = None) -> Path:
+    """The executable `name`, compiled from `package` as the go.mod and go.sum of `folder` pin it.
+
+    `module` is the module that the package belongs to, by default the package itself without a `/cmd/…` at its end.
+    """
+    version = pinned_version(folder, module or package.partition("/cmd/")[0])
+    source = GoSource(folder, version, (*_COMMON_FLAGS, "-s -w"), (name,), package)
+    announcement = f"building {name} {{version}} with {{go}}: a minute or two the first time, kept afterwards"
+    return compile_once(source, name, announcement, say) / name
 
 
-def _count_packages(go: Path, folder: Path, log: Path, say: Say) -> int:
-    say("reading the module graph (this fetches the modules where they are missing)")
-    with log.open("w", encoding="utf-8") as stream:
-        listed = subprocess.run(
-            [str(go), "list", "-deps", "."],
-            cwd=folder,
-            env={**os.environ, **SETTINGS},
-            stdout=subprocess.PIPE,
-            stderr=stream,
-            text=True,
-            check=False,
-        )
-    if listed.returncode != 0:
-        raise _failure("go list", listed.returncode, log)
-    return len(listed.stdout.splitlines())
-
-
-def _run(command: list[str], folder: Path, log: Path, total: int, say: Say) -> None:
-    """`go build -v` names a package when its compilation starts; those from Go's own cache stay unnamed."""
-    began = time.monotonic()
-    compiled = 0
-
-    def follow() -> None:
-        nonlocal compiled
-        assert process.stderr is not None
-        with log.open("a", encoding="utf-8") as stream:
-            for line in process.stderr:
-                stream.write(line)
-                stream.flush()
-                if re.fullmatch(r"[\w.~/-]+\s*", line):
-                    compiled += 1
-
-    # A process group of its own, so that an interrupt ends the compilers too.
-    process = subprocess.Popen(
-        command,
-        cwd=folder,
-        env={**os.environ, **SETTINGS},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-    )
-    reader = threading.Thread(target=follow, daemon=True)
-    reader.start()
-    try:
-        while True:
-            try:
-                code = process.wait(timeout=_REPORT_SECONDS)
-                break
-            except subprocess.TimeoutExpired:
-                elapsed = _clock(time.monotonic() - began)
-                say(f"{elapsed}: {compiled} of {total} packages compiled (not counting cached ones)")
-    except BaseException:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        raise
-    finally:
-        reader.join(timeout=10)
-        if process.stderr is not None:
-            process.stderr.close()
-    if code != 0:
-        raise _failure("go build", code, log)
-
-
-def _failure(what: str, code: int, log: Path) -> LocalClusterError:
-    lines = [line for line in log.read_text("utf-8", "replace").splitlines() if line.strip()]
-    tail = "\n".join(f"    {line[:300]}" for line in lines[-15:]) or "    (it said nothing)"
-    text = "\n".join(lines[-200:]).lower()
-    advice = "read the whole log; if it is a compile error, go.mod, go.sum and main.go do not fit together."
-    if "no space left" in text:
-        advice = "free about 4 GB for Go's build cache (GOCACHE) and the temp dir, then try again."
-    elif code < 0 or "signal: killed" in text:
-        advice = "it was killed, most likely for want of memory: about 3 GB are needed; free some and try again."
-    elif any(mark in text for mark in ("dial tcp", "i/o timeout", "proxyconnect", "no such host", "tls:")):
-        advice = "modules could not be fetched: check the network and GOPROXY, then try again."
-    elif "requires go >=" in text or "go.mod requires" in text:
-        advice = "install the Go version that go.mod names and put it first on PATH."
-    elif "missing go.sum entry" in text or "updates to go.mod" in text:
-        advice = "go.mod and go.sum do not fit together; run `go mod tidy` in that folder once and commit both."
-    return LocalClusterError(f"{what} failed (status {code}). Its last words:\n{tail}\nFull log: {log}\nTo do: {advice}")
-
-
-def _architecture() -> str:
-    machine = os.uname().machine
-    return os.environ.get("GOARCH") or {"x86_64": "amd64", "aarch64": "arm64"}.get(machine, machine)
-
-
-def _clock(seconds: float) -> str:
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+def build_versitygw(say: Say = print) -> Path:
+    """The second S3 server of the tests, see :mod:`local_cluster.versitygw`."""
+    return build_go_program(VERSITYGW_SOURCE, "github.com/versity/versitygw/cmd/versitygw", "versitygw", say)
