@@ -8,6 +8,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,10 @@ from checkpoint_operator.api.metadata import ArtifactMetadata
 from checkpoint_operator.api.protocol import Layout, Stored, TargetOptions
 from checkpoint_operator.api.uris import TargetURI
 from checkpoint_operator.storage import DeleteRequest, LocalStorageBackend, StorageBackend, StorageManager, UploadRequest
-from checkpoint_operator.storage.backend import Report
+from checkpoint_operator.storage.backend import OnProgress
 from checkpoint_operator.storage.objects import ObjectStoreBackend
-from checkpoint_operator.storage.s3 import S3Store, open_s3
 from checkpoint_operator.storage.source import Selection
-from checkpoint_operator.storage.transfer import DEFAULT_WORKERS
+from checkpoint_operator.storage.store import ObjectStore
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CHECKPOINT = REPOSITORY / "tests" / "checkpoints" / "dpo-lora" / "checkpoint-2"
@@ -72,9 +72,20 @@ def tree(root: Path) -> Tree:
     return found
 
 
+class Fault(StrEnum):
+    """What a store may suffer from, whatever it is."""
+
+    WRONG_CREDENTIALS = "wrong credentials"
+    MISSING_BUCKET = "a missing bucket"
+    READ_ONLY = "no right to write"
+
+
 @dataclass
 class World:
-    """A store with one backend, and a raw way into it that goes past the backend."""
+    """A store with one backend, and a raw way into it that goes past the backend.
+
+    ``kind`` is the name in ``WORLDS``. ``base`` is a URI below which nobody else works.
+    """
 
     kind: str
     base: str
@@ -98,7 +109,7 @@ class World:
         layout: Layout = Layout.PLAIN,
         selection: Selection | None = None,
         force: bool = False,
-        report: Report | None = None,
+        progress: OnProgress | None = None,
         cancelled: threading.Event | None = None,
     ) -> Stored:
         return self.backend.upload_artifact(
@@ -111,7 +122,7 @@ class World:
                 layout=layout,
                 selection=selection or Selection(),
                 force=force,
-                report=report,
+                progress=progress,
                 cancelled=cancelled or threading.Event(),
             )
         )
@@ -127,12 +138,22 @@ class World:
     ) -> str:
         return self.backend.delete_artifact(DeleteRequest(self.uri(name), uid, layout, keep_committed=keep, force=force))
 
-    def download(self, name: str = "run", report: Report | None = None) -> Path:
+    def download(self, name: str = "run", progress: OnProgress | None = None) -> Path:
         destination = self.work / f"restored-{secrets.token_hex(4)}"
-        self.backend.download_artifact(self.uri(name), destination, report)
+        self.backend.download_artifact(self.uri(name), destination, progress)
         return destination
 
+    @property
+    def is_bucket(self) -> bool:
+        """Whether the place has a marker with states. A volume has none: its locks say who is gone."""
+        return isinstance(self, ObjectWorld)
+
+    def suffer(self, fault: Fault) -> None:
+        """Bring the fault about, for whatever the backend does from now on; skip, with the reason, where that cannot be."""
+        raise NotImplementedError
+
     def put(self, path: str, data: bytes) -> None:
+        """Write past the backend, below ``base``; what is there is replaced."""
         raise NotImplementedError
 
     def get(self, path: str) -> bytes:
@@ -170,61 +191,83 @@ class FileWorld(World):
         return sorted(key for key, value in tree(self.place).items() if value is not None)
 
 
-@dataclass
-class S3World(World):
-    """``hooks`` (botocore event, handler) are registered on every real client that the backend makes; ``calls`` counts."""
+Cue = Callable[[str, str], object]
+"""Called with the verb of :class:`ObjectStore` and the key (or prefix), before the store is asked."""
 
-    client: Any = None
-    bucket: str = ""
-    hooks: list[tuple[str, Callable[..., Any]]] = field(default_factory=list)
+_REQUESTS = {name for name in dir(ObjectStore) if not name.startswith("_")} - {
+    "refusal",
+    "part_size",
+    "digest",
+    "checksum",
+    "is_part",
+    "without_conditions",
+}
+
+
+@dataclass
+class ObjectWorld(World):
+    """What every bucket has in common. A new store brings ``connect``, ``suffer``, and its raw way in.
+
+    ``calls`` counts by verb of :class:`ObjectStore` (``put``, ``read marker``; a subclass may count its wire as well), and
+    ``cues`` are told of each.
+    """
+
     calls: Counter[str] = field(default_factory=Counter)
+    cues: list[Cue] = field(default_factory=list)
+    bucket: str = field(init=False)
+    prefix: str = field(init=False)
     _counting: threading.Lock = field(default_factory=threading.Lock)
-    _open: dict[tuple[object, ...], S3Store] = field(default_factory=dict)
+    _open: dict[tuple[object, ...], ObjectStore] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.hooks.append(("before-call.s3", self._count))
         self.backend = ObjectStoreBackend(self.open)
+        self.bucket = self.uri("x").bucket
         self.prefix = self.uri("x").path.removesuffix("x")
 
-    def open(self, uri: TargetURI) -> S3Store:
-        key = (uri.bucket, self.options.model_dump_json(), tuple(id(handler) for _, handler in self.hooks))
+    def connect(self, uri: TargetURI) -> ObjectStore:
+        """A real store, made from ``options`` as they are now."""
+        raise NotImplementedError
+
+    def settings(self) -> tuple[object, ...]:
+        """What a store that is open already depends on."""
+        return (self.options.model_dump_json(),)
+
+    def open(self, uri: TargetURI) -> ObjectStore:
+        key = (uri.bucket, *self.settings())
         with self._counting:
             if key not in self._open:  # a client takes longer to make than most tests to run
-                store = open_s3(uri, self.options, DEFAULT_WORKERS)
-                for event, handler in self.hooks:
-                    store._client.meta.events.register(event, handler)
-                self._open[key] = store
+                self._open[key] = _Watched(self.connect(uri), self)  # type: ignore[assignment]
             return self._open[key]
 
-    def _count(self, model: Any, params: dict[str, Any], **_: object) -> None:
-        path = params["url_path"].rpartition("/")[2]
+    def count(self, what: str) -> None:
         with self._counting:
-            is_data = not path.startswith((".metadata", ".probe-"))
-            self.calls[model.name if is_data else f"{model.name} marker"] += 1
-
-    def put(self, path: str, data: bytes) -> None:
-        self.client.put_object(Bucket=self.bucket, Key=self.prefix + path, Body=data)
-
-    def get(self, path: str) -> bytes:
-        body: bytes = self.client.get_object(Bucket=self.bucket, Key=self.prefix + path)["Body"].read()
-        return body
-
-    def remove(self, path: str) -> None:
-        self.client.delete_object(Bucket=self.bucket, Key=self.prefix + path)
-
-    def paths(self) -> list[str]:
-        pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=self.prefix)
-        return sorted(item["Key"].removeprefix(self.prefix) for page in pages for item in page.get("Contents", []))
+            self.calls[what] += 1
 
     def uploads(self) -> list[str]:
-        """The keys of unfinished multipart uploads of the test."""
-        answer = self.client.list_multipart_uploads(Bucket=self.bucket, Prefix=self.prefix)
-        return sorted(item["Key"].removeprefix(self.prefix) for item in answer.get("Uploads", []))
+        """The keys of unfinished uploads of the test."""
+        found = self.connect(self.uri("x")).list_uploads(self.prefix)
+        return sorted(upload.key.removeprefix(self.prefix) for upload in found)
 
 
-def credentials(folder: Path, access_key: str, secret_key: str) -> str:
-    """A folder of credentials as a mounted Secret has it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "AWS_ACCESS_KEY_ID").write_text(access_key)
-    (folder / "AWS_SECRET_ACCESS_KEY").write_text(secret_key + "\n")
-    return str(folder)
+class _Watched:
+    """A store whose requests are counted and cued; everything else passes through."""
+
+    def __init__(self, store: ObjectStore, world: ObjectWorld) -> None:
+        self._store, self._world = store, world
+
+    def without_conditions(self) -> _Watched:
+        return _Watched(self._store.without_conditions(), self._world)
+
+    def __getattr__(self, verb: str) -> Any:
+        found = getattr(self._store, verb)
+        if verb not in _REQUESTS:
+            return found
+
+        def watched(key: str, *arguments: Any, **named: Any) -> Any:
+            is_data = not key.rpartition("/")[2].startswith((".metadata", ".probe-"))
+            self._world.count(verb if is_data else f"{verb} marker")
+            for cue in self._world.cues:
+                cue(verb, key)
+            return found(key, *arguments, **named)
+
+        return watched

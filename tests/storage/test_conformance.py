@@ -114,7 +114,7 @@ def test_a_file_of_several_parts_has_the_hash_of_the_whole_file(world: World, tm
     one, many = world.backend.get_manifest(world.uri()).table.files
     assert many.sha256 == hashlib.sha256(content).hexdigest()
     assert one.parts == 1
-    assert many.parts == (3 if world.kind == "s3" else 1)
+    assert many.parts == (3 if world.is_bucket else 1)
     restored = world.download()
     assert (restored / "model.bin").read_bytes() == content
 
@@ -134,7 +134,7 @@ def test_metadata_survives_with_keys_that_this_version_does_not_know(world: Worl
 
 def test_progress_counts_every_byte_and_ends_with_verifying(world: World, source: Path) -> None:
     seen: list[Progress] = []
-    world.upload(source, report=seen.append)
+    world.upload(source, progress=seen.append)
     assert seen[0] == Progress(stage=Stage.UPLOADING, bytes_total=14, files_total=3)
     assert (seen[-1].stage, seen[-1].bytes_done, seen[-1].files_done) == (Stage.VERIFYING, 14, 3)
 
@@ -271,7 +271,7 @@ def test_layout_unique_cleans_what_attempts_with_another_state_of_the_source_lef
     (changing / "1.bin").unlink()
     stored = world.upload(changing, layout=Layout.UNIQUE, force=force)
     folder = stored.storage_uri.rpartition("/")[2]
-    if force or world.kind == "file":  # a lock tells the file backend that the earlier mover is gone
+    if force or not world.is_bucket:  # a lock tells the file backend that the earlier mover is gone
         assert {path.split("/")[1] for path in world.paths()} == {folder}
     assert stored.file_count == 5
     world.delete(layout=Layout.UNIQUE)
@@ -282,7 +282,7 @@ def test_a_uri_as_long_as_allowed_has_room_for_layout_unique_or_is_refused_by_le
     name = "/".join(["n" * 200] * 4)
     name += "/" + "m" * (1020 - len(f"{world.base}/{name}/"))
     uid = "7b0e4b4e-27f4-4c27-9d0a-1f3f4d4b8c11"
-    if world.kind == "file":
+    if not world.is_bucket:
         assert world.upload(source, name, uid=uid, layout=Layout.UNIQUE).file_count == 3
         world.delete(name, uid, layout=Layout.UNIQUE)
     else:
@@ -303,7 +303,7 @@ def test_nothing_is_visible_before_the_commit_and_another_artifact_finds_the_pla
         nonlocal looked
         looked = True
         assert_nothing_committed(world)
-        if world.kind == "s3":  # on a file system both stage, and the rename decides
+        if world.is_bucket:  # on a file system both stage, and the rename decides
             with refused(Reason.TARGET_BUSY):
                 world.upload(source, uid="uid-b")
 
@@ -318,7 +318,7 @@ def test_a_file_that_is_written_after_the_scan_is_noticed(world: World, source: 
             (source / "model.safetensors").write_bytes(b"WEIGHTS")
 
     with refused(Reason.SOURCE_CHANGED):
-        world.upload(source, report=write)
+        world.upload(source, progress=write)
     assert_nothing_committed(world)
 
 
@@ -354,7 +354,7 @@ def test_a_folder_that_changes_after_its_last_byte_was_sent_is_not_committed(wor
                     (source / "late").symlink_to("sub")
 
     with refused(Reason.SOURCE_CHANGED):
-        world.upload(source, report=change)
+        world.upload(source, progress=change)
     assert_nothing_committed(world)
 
 
@@ -380,7 +380,7 @@ def test_after_a_change_of_the_source_only_the_new_state_is_committed(world: Wor
     (source / "1.bin").unlink()
     (source / "2.bin").unlink()
     make(source, {"2.bin/now-a-folder": b"x"})
-    if world.kind == "s3":  # a lock tells the file backend that the earlier mover is gone; a bucket has none
+    if world.is_bucket:  # a lock tells the file backend that the earlier mover is gone; a bucket has none
         with refused(Reason.EARLIER_MOVER_NOT_GONE):
             world.upload(source)
         assert_nothing_committed(world)
@@ -490,7 +490,7 @@ def test_what_was_never_committed_is_removed_whatever_the_policy(world: World, t
 def test_an_upload_that_is_cancelled_at_its_first_progress_can_be_deleted(world: World, source: Path) -> None:
     cancelled = OnLook(-1)
     with pytest.raises(Cancelled):
-        world.upload(source, report=lambda _: cancelled.set(), cancelled=cancelled)
+        world.upload(source, progress=lambda _: cancelled.set(), cancelled=cancelled)
     world.delete(keep=True)
     assert world.paths() == []
 
@@ -624,7 +624,7 @@ def test_lists_filter_by_prefix_and_type(world: World, source: Path) -> None:
 
 
 def test_a_whole_bucket_or_volume_is_refused_as_a_place(world: World, source: Path) -> None:
-    root = "file:///" if world.kind == "file" else f"{world.base.rpartition('/')[0]}/"
+    root = "file:///" if not world.is_bucket else f"{world.base.rpartition('/')[0]}/"
     manager = world.manager()
     for act in (
         lambda: manager.upload(source, root),

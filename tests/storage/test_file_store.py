@@ -133,7 +133,7 @@ def test_a_folder_that_gets_content_during_the_upload_is_not_replaced(file_world
             file_world.put("run/notes.txt", b"mine")
 
     with refused(Reason.TARGET_NOT_EMPTY):
-        file_world.upload(source, report=intrude)
+        file_world.upload(source, progress=intrude)
     assert tree(file_world.place / "run") == {"notes.txt": b"mine"}
     file_world.delete()
     assert file_world.paths() == ["run/notes.txt"]
@@ -147,7 +147,7 @@ def test_of_two_artifacts_the_one_that_renames_first_has_the_place(file_world: F
             file_world.upload(other, uid="uid-b")
 
     with refused(Reason.TARGET_EXISTS):
-        file_world.upload(source, report=overtake)
+        file_world.upload(source, progress=overtake)
     assert tree(file_world.download()) == tree(other)
 
 
@@ -210,7 +210,7 @@ from checkpoint_operator.storage import StorageManager, TargetOptions
 def report(progress):
     print("reading", flush=True)
     sys.stdin.readline()
-StorageManager(TargetOptions(file_root=sys.argv[1])).upload(sys.argv[2], sys.argv[3], uid="uid-a", report=report)
+StorageManager(TargetOptions(file_root=sys.argv[1])).upload(sys.argv[2], sys.argv[3], uid="uid-a", progress=report)
 """
 
 

@@ -19,7 +19,8 @@ from typing import Any
 import pytest
 from botocore.awsrequest import AWSResponse
 from botocore.exceptions import IncompleteReadError
-from storage_world import MARKER, MIB, OnLook, S3World, credentials, make, tree
+from s3_world import S3World, credentials
+from storage_world import MARKER, MIB, OnLook, make, tree
 
 import local_cluster as lc
 from checkpoint_operator.api.errors import FAILURES, ErrorCode, ExitCode, Reason
@@ -300,7 +301,7 @@ def test_an_object_that_changes_before_the_commit_is_noticed(s3_world: S3World, 
             s3_world.put("run/model.safetensors", b"WEIGHTS")
 
     with pytest.raises(StorageError) as caught:
-        s3_world.upload(source, report=overwrite)
+        s3_world.upload(source, progress=overwrite)
     assert caught.value.reason is Reason.INTEGRITY_MISMATCH
     with pytest.raises(StorageError, match="uploading"):
         s3_world.backend.get_metadata(s3_world.uri())

@@ -118,8 +118,9 @@ class Mover:
             layout=plan.layout,
             selection=Selection(tuple(plan.source.include), tuple(plan.source.exclude)),
             force=plan.earlier_mover_gone,
-            report=self._emit,
+            progress=self._emit,
             cancelled=self.cancelled,
+            keep_parts=True,
             on_write=self._note_write,
         )
 

@@ -6,7 +6,10 @@ Call order and promises:
   after any failure or kill, it goes on with what is there. It never overwrites: a place holds one artifact.
 * ``download_artifact`` gives the whole artifact, verified, or nothing: the destination appears by one rename.
 * ``delete_artifact`` makes the artifact invisible first and removes the data then; nothing there is success.
-* ``list_artifacts`` and ``get_metadata`` know committed artifacts alone.
+* ``list_artifacts`` and ``get_metadata`` know committed artifacts alone; ``verify_artifact`` reads everything back.
+
+Whoever waits can be let go: a call that is given ``cancelled`` looks at it between two pieces, raises
+:class:`checkpoint_operator.storage.errors.Cancelled`, and leaves nothing that anybody would take for an artifact.
 """
 
 import threading
@@ -21,7 +24,10 @@ from checkpoint_operator.api.uris import TargetURI
 from checkpoint_operator.storage.marker import Manifest
 from checkpoint_operator.storage.source import Selection
 
-Report = Callable[[Progress], None]
+OnProgress = Callable[[Progress], None]
+"""Told how far a transfer is: at the start and the end of each stage, and at most once a second between. Any thread."""
+
+Report = OnProgress  # until the backends say OnProgress
 
 
 @dataclass(frozen=True)
@@ -29,6 +35,11 @@ class UploadRequest:
     """One upload. ``root`` and ``path`` name the source; ``uid`` the artifact (None: derived from URI and source).
 
     ``force`` is the fence of DESIGN §6: the caller knows that no earlier mover of this artifact is running.
+
+    ``keep_parts`` says what a cancelled upload leaves of files that were half sent: the mover keeps them, because its
+    next attempt takes them over; a caller who gave up for good wants them gone, so that nobody pays for them. Whole
+    objects stay under the claim either way: they are invisible, another run may count on them already, and a second
+    upload finds them.
     """
 
     root: str
@@ -39,10 +50,15 @@ class UploadRequest:
     layout: Layout = Layout.PLAIN
     selection: Selection = field(default_factory=Selection)
     force: bool = False
-    report: Report | None = None
+    progress: OnProgress | None = None
     cancelled: threading.Event = field(default_factory=threading.Event)
+    keep_parts: bool = False
     on_write: Callable[[], None] = lambda: None
     """Called before anything is written to the store: what fails earlier leaves nothing to clean up."""
+
+    @property
+    def report(self) -> OnProgress | None:
+        return self.progress
 
 
 @dataclass(frozen=True)
@@ -67,7 +83,13 @@ class StorageBackend(Protocol):
         CredentialsRefused, BucketNotFound, ConditionalWritesUnsupported, StoreUnavailable, IntegrityMismatch.
         """
 
-    def download_artifact(self, uri: TargetURI, destination: Path, report: Report | None = None) -> ArtifactMetadata:
+    def download_artifact(
+        self,
+        uri: TargetURI,
+        destination: Path,
+        progress: OnProgress | None = None,
+        cancelled: threading.Event | None = None,
+    ) -> ArtifactMetadata:
         """Fetch a committed artifact into a folder that does not exist yet.
 
         Raises: NotFound, DestinationExists, IntegrityMismatch, and the store's own.
@@ -76,11 +98,34 @@ class StorageBackend(Protocol):
     def delete_artifact(self, request: DeleteRequest) -> str:
         """Remove an artifact; one sentence about what was removed or kept. Raises: EarlierMoverNotGone, TargetBusy."""
 
-    def list_artifacts(self, prefix: TargetURI, artifact_type: str | None = None) -> Iterator[ArtifactMetadata]:
-        """Every committed artifact at or below a prefix, in the order of the store."""
+    def list_artifacts(
+        self, uri: TargetURI, artifact_type: str | None = None, prefix: str = ""
+    ) -> Iterator[ArtifactMetadata]:
+        """Every committed artifact at or below a URI (which may be a whole bucket), in the order of the store.
+
+        ``prefix`` is what the artifact's path relative to the URI, with a slash at its end, must begin with: a plain
+        string, as object stores have it. ``storage_path`` is where the artifact was found.
+        """
 
     def get_metadata(self, uri: TargetURI) -> ArtifactMetadata:
         """What is known about the committed artifact at a URI. Raises: NotFound."""
 
     def get_manifest(self, uri: TargetURI) -> Manifest:
         """The whole manifest of the committed artifact at a URI. Raises: NotFound."""
+
+    def verify_artifact(
+        self,
+        uri: TargetURI,
+        manifest_digest: str | None = None,
+        progress: OnProgress | None = None,
+        cancelled: threading.Event | None = None,
+    ) -> Manifest:
+        """Read a committed artifact back, every byte, and compare it with its manifest, which is returned.
+
+        Found: a file with other bytes or another length, one that is missing, one that the manifest does not list (a
+        nested artifact's are its own), and a manifest that was written by hand: its ``contentDigest`` is not that of its
+        table, its ``metadata.size_bytes`` not the sum, or its own digest not ``manifest_digest``, where that is given
+        (``status.manifestDigest`` has it).
+
+        Raises: NotFound; IntegrityMismatch, whose message lists the first ten problems; and the store's own.
+        """

@@ -5,12 +5,14 @@ from checkpoint_operator.api.errors import FAILURES, ErrorCode, Reason, Retry
 _BY_OPERATION = {
     "fetch": ErrorCode.DOWNLOAD,
     "download": ErrorCode.DOWNLOAD,
+    "verify": ErrorCode.DOWNLOAD,
     "read": ErrorCode.METADATA,
     "head": ErrorCode.METADATA,
     "list": ErrorCode.METADATA,
     "list uploads": ErrorCode.METADATA,
     "delete": ErrorCode.METADATA,
     "get manifest": ErrorCode.METADATA,
+    "get metadata": ErrorCode.METADATA,
 }
 
 
@@ -45,6 +47,10 @@ class StorageError(Exception):
     def __str__(self) -> str:
         where = ", ".join(f"{key}={value}" for key, value in self.context.items())
         return f"{self.code} {self.reason}: {self.message}" + (f" ({where})" if where else "")
+
+
+RLHFStorageError = StorageError
+"""The name under which code that imports several error types tells it from others."""
 
 
 def _printable(text: str) -> str:

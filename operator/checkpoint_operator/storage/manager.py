@@ -10,7 +10,7 @@ from checkpoint_operator.api.errors import Reason
 from checkpoint_operator.api.metadata import ArtifactMetadata
 from checkpoint_operator.api.protocol import Layout, Stored, TargetOptions
 from checkpoint_operator.api.uris import InvalidURI, Scheme, TargetURI
-from checkpoint_operator.storage.backend import DeleteRequest, Report, StorageBackend, UploadRequest
+from checkpoint_operator.storage.backend import DeleteRequest, OnProgress, StorageBackend, UploadRequest
 from checkpoint_operator.storage.errors import StorageError
 from checkpoint_operator.storage.registry import open_backend
 from checkpoint_operator.storage.source import Selection
@@ -47,7 +47,7 @@ class StorageManager:
         layout: Layout = Layout.PLAIN,
         selection: Selection | None = None,
         force: bool = False,
-        report: Report | None = None,
+        progress: OnProgress | None = None,
         cancelled: threading.Event | None = None,
     ) -> Stored:
         """Store a folder (or a file) at a URI and commit it. See :class:`StorageBackend` for what is raised."""
@@ -63,15 +63,15 @@ class StorageManager:
                 layout=layout,
                 selection=selection or Selection(),
                 force=force,
-                report=report,
+                progress=progress,
                 cancelled=cancelled or threading.Event(),
             )
         )
 
-    def download(self, uri: str, destination: str | Path, *, report: Report | None = None) -> ArtifactMetadata:
+    def download(self, uri: str, destination: str | Path, *, progress: OnProgress | None = None) -> ArtifactMetadata:
         """Fetch a committed artifact into a folder that does not exist yet."""
         target = parse_uri(uri)
-        return self.backend(target.scheme).download_artifact(target, Path(destination), report)
+        return self.backend(target.scheme).download_artifact(target, Path(destination), progress)
 
     def delete(self, uri: str, *, force: bool = False) -> str:
         """Remove the artifact at a URI; ``force`` also removes what was never committed (its writer must be gone)."""
