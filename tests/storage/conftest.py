@@ -1,25 +1,30 @@
-"""One real S3 server for the whole session, and for each test a place in it that nobody else uses."""
+"""Real servers for the whole session, and for each test a place in each of them that nobody else uses.
+
+One suite for every store: a test that takes ``world`` runs once for each name in ``WORLDS``. A store is a module
+``<name>_world.py`` with a fixture ``<name>_world``, imported here.
+"""
 
 from __future__ import annotations
 
 import os
-import secrets
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from storage_world import FileWorld, S3World, World, credentials
+from s3_world import object_store as object_store
+from s3_world import s3_world as s3_world
+from storage_world import FileWorld, World
 
-import local_cluster as lc
 from checkpoint_operator.api.protocol import TargetOptions
 from checkpoint_operator.storage import objects
 
-BUCKET = "checkpoints"
+WORLDS = ["file", "s3"]
+
+_FOREIGN = ("AWS_", "S3_", "AZURE_", "GOOGLE_", "STORAGE_EMULATOR_")
 
 
 @pytest.fixture(autouse=True)
 def _no_identity_from_outside(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name in [name for name in os.environ if name.startswith(("AWS_", "S3_"))]:
+    for name in [name for name in os.environ if name.startswith(_FOREIGN)]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "no-config"))
@@ -27,36 +32,12 @@ def _no_identity_from_outside(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
 
 
-@pytest.fixture(scope="session")
-def object_store() -> Iterator[lc.ObjectStore]:
-    identities = [lc.Identity.read_only("reader"), lc.Identity.for_bucket("tenant", "bucket-a")]
-    with lc.start_object_store("storage-tests", identities=identities) as store:
-        client = store.client()
-        for bucket in (BUCKET, "bucket-a"):
-            client.create_bucket(Bucket=bucket)
-        client.close()
-        yield store
-
-
-@pytest.fixture
-def s3_world(object_store: lc.ObjectStore, tmp_path: Path) -> Iterator[S3World]:
-    options = TargetOptions(
-        endpoint=object_store.endpoint,
-        force_path_style=True,
-        credentials_directory=credentials(tmp_path / "credentials", object_store.access_key, object_store.secret_key),
-    )
-    client = object_store.client()
-    base = f"s3://{BUCKET}/test-{secrets.token_hex(6)}"
-    yield S3World("s3", base, options, tmp_path, client=client, bucket=BUCKET)
-    client.close()
-
-
 @pytest.fixture
 def file_world(tmp_path: Path) -> FileWorld:
     return FileWorld("file", "file:///team/test", TargetOptions(), tmp_path)
 
 
-@pytest.fixture(params=["file", "s3"])
+@pytest.fixture(params=WORLDS)
 def world(request: pytest.FixtureRequest) -> World:
     found: World = request.getfixturevalue(f"{request.param}_world")
     return found

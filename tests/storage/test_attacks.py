@@ -5,7 +5,8 @@ import os
 from pathlib import Path
 
 import pytest
-from storage_world import MARKER, FileWorld, S3World, World, make, tree
+from s3_world import S3World
+from storage_world import MARKER, FileWorld, World, make, tree
 
 from checkpoint_operator.api.errors import Reason
 from checkpoint_operator.api.metadata import ArtifactMetadata
