@@ -22,7 +22,7 @@ REGION = "us-east-1"
 _ATTEMPTS = 5
 
 
-def _new_secret() -> str:
+def new_secret() -> str:
     return secrets.token_hex(20)
 
 
@@ -32,8 +32,8 @@ class Identity:
 
     name: str
     actions: tuple[str, ...]
-    access_key: str = field(default_factory=_new_secret)
-    secret_key: str = field(default_factory=_new_secret, repr=False)
+    access_key: str = field(default_factory=new_secret)
+    secret_key: str = field(default_factory=new_secret, repr=False)
 
     @classmethod
     def for_bucket(cls, name: str, bucket: str) -> Identity:
@@ -54,13 +54,15 @@ class ObjectStore:
     identities: dict[str, Identity]
     state_dir: Path
     region: str = REGION
+    ca: Path | None = None
+    """For an https endpoint: the authority that signed its certificate."""
     _stop: Callable[[], None] = field(default=lambda: None, repr=False, compare=False)
     _detach: Callable[[], None] = field(default=lambda: None, repr=False, compare=False)
 
     def client(self, identity: Identity | None = None, **config: Any) -> Any:
         """A boto3 S3 client of the admin, or of the given identity."""
         who = identity or self.identities["admin"]
-        return s3_client(self.endpoint, who.access_key, who.secret_key, **config)
+        return s3_client(self.endpoint, who.access_key, who.secret_key, ca=self.ca, **config)
 
     def detach(self) -> None:
         """Let it outlive this process; `session.stop_recorded(state_dir)` stops it then."""
@@ -165,7 +167,7 @@ def _start(session: Session, weed: Path, identities: dict[str, Identity]) -> Obj
     )
 
 
-def s3_client(endpoint: str, access_key: str, secret_key: str, **config: Any) -> Any:
+def s3_client(endpoint: str, access_key: str, secret_key: str, *, ca: Path | None = None, **config: Any) -> Any:
     """Explicit in everything: no metadata service, no proxy and no profile of the user is asked."""
     try:
         import boto3
@@ -186,6 +188,7 @@ def s3_client(endpoint: str, access_key: str, secret_key: str, **config: Any) ->
         aws_access_key_id=access_key,
         aws_secret_access_key=secret_key,
         region_name=REGION,
+        verify=str(ca) if ca else None,
         config=Config(**{**options, **config}),
     )
 
