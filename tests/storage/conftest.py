@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from s3_world import object_store as object_store
 from s3_world import s3_world as s3_world
-from storage_world import FileWorld, World
+from storage_world import FileWorld, World, make
 
 from checkpoint_operator.api.protocol import TargetOptions
 from checkpoint_operator.storage import objects
@@ -47,3 +47,9 @@ def world(request: pytest.FixtureRequest) -> World:
 def sequential(monkeypatch: pytest.MonkeyPatch) -> None:
     """One file after the other, so that a cue at the n-th look always comes at the same byte."""
     monkeypatch.setattr(objects, "DEFAULT_WORKERS", 1)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A small checkpoint: three files, one of them in a folder."""
+    return make(tmp_path / "source", {"config.json": b"{}", "model.safetensors": b"weights", "sub/optimizer.pt": b"state"})

@@ -12,10 +12,20 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from checkpoint_operator.api.errors import Reason
 from checkpoint_operator.api.metadata import ArtifactMetadata
 from checkpoint_operator.api.protocol import Layout, Stored, TargetOptions
 from checkpoint_operator.api.uris import TargetURI
-from checkpoint_operator.storage import DeleteRequest, LocalStorageBackend, StorageBackend, StorageManager, UploadRequest
+from checkpoint_operator.storage import (
+    DeleteRequest,
+    LocalStorageBackend,
+    StorageBackend,
+    StorageError,
+    StorageManager,
+    UploadRequest,
+)
 from checkpoint_operator.storage.backend import OnProgress
 from checkpoint_operator.storage.objects import ObjectStoreBackend
 from checkpoint_operator.storage.source import Selection
@@ -26,6 +36,7 @@ CHECKPOINT = REPOSITORY / "tests" / "checkpoints" / "dpo-lora" / "checkpoint-2"
 SHARDED = REPOSITORY / "tests" / "checkpoints" / "dpo-full-sharded" / "checkpoint-2"
 MARKER = ".metadata.json"
 MIB = 1 << 20
+SIX = {f"{number}.bin": bytes([number]) * 100 for number in range(6)}
 
 Tree = dict[str, bytes | str | None]
 """Path → content of a file, target of a link (as ``-> target``), None for an empty folder."""
@@ -44,6 +55,11 @@ class OnLook(threading.Event):
             if self._looks == self._look:
                 self._action()
         return super().is_set()
+
+
+def refused(reason: Reason) -> pytest.RaisesExc[StorageError]:
+    """Expects a :class:`StorageError` of exactly this reason."""
+    return pytest.RaisesExc(StorageError, check=lambda error: error.reason is reason)
 
 
 def make(root: Path, files: dict[str, bytes]) -> Path:
@@ -165,6 +181,12 @@ class World:
     def paths(self) -> list[str]:
         """Every file or object of the test, whoever wrote it, sorted."""
         raise NotImplementedError
+
+
+def assert_nothing_committed(world: World, name: str = "run") -> None:
+    with refused(Reason.NOT_FOUND):
+        world.backend.get_metadata(world.uri(name))
+    assert list(world.backend.list_artifacts(world.uri(name))) == []
 
 
 @dataclass

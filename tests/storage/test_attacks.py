@@ -6,17 +6,12 @@ from pathlib import Path
 
 import pytest
 from s3_world import S3World
-from storage_world import MARKER, FileWorld, World, make, tree
+from storage_world import MARKER, FileWorld, World, make, refused, tree
 
 from checkpoint_operator.api.errors import Reason
 from checkpoint_operator.api.metadata import ArtifactMetadata
-from checkpoint_operator.storage import StorageError
 from checkpoint_operator.storage.manifest import FileTable, StoredFile
 from checkpoint_operator.storage.marker import DELETING_NAME, MAX_BYTES, Manifest, encode
-
-
-def refused(reason: Reason) -> pytest.RaisesExc[StorageError]:
-    return pytest.RaisesExc(StorageError, check=lambda error: error.reason is reason)
 
 
 @pytest.fixture

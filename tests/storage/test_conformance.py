@@ -10,15 +10,13 @@ import unicodedata
 from pathlib import Path
 
 import pytest
-from storage_world import CHECKPOINT, MARKER, MIB, SHARDED, OnLook, World, make, tree
+from storage_world import CHECKPOINT, MARKER, MIB, SHARDED, SIX, OnLook, World, make, refused, tree
 
-from checkpoint_operator.api.errors import ErrorCode, Reason
+from checkpoint_operator.api.errors import Reason
 from checkpoint_operator.api.metadata import ArtifactMetadata
 from checkpoint_operator.api.protocol import Layout, Progress, Stage
 from checkpoint_operator.storage import StorageError, UploadRequest
 from checkpoint_operator.storage.errors import Cancelled
-from checkpoint_operator.storage.manifest import FileTable, Link, StoredFile
-from checkpoint_operator.storage.marker import encode
 from checkpoint_operator.storage.source import Selection
 
 NAMES = [
@@ -39,23 +37,6 @@ NAMES = [
     "deep/er/and/deeper/file",
     "deep/.metadata.jsonl",
 ]
-SIX = {f"{number}.bin": bytes([number]) * 100 for number in range(6)}
-
-
-def refused(reason: Reason) -> pytest.RaisesExc[StorageError]:
-    return pytest.RaisesExc(StorageError, check=lambda error: error.reason is reason)
-
-
-def assert_nothing_committed(world: World, name: str = "run") -> None:
-    with refused(Reason.NOT_FOUND):
-        world.backend.get_metadata(world.uri(name))
-    assert list(world.backend.list_artifacts(world.uri(name))) == []
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    return make(tmp_path / "source", {"config.json": b"{}", "model.safetensors": b"weights", "sub/optimizer.pt": b"state"})
-
 
 # ---- Round trips
 
@@ -159,6 +140,53 @@ def test_it_is_said_before_anything_is_written(world: World, source: Path) -> No
     said = len(written)
     world.backend.upload_artifact(request)
     assert len(written) == said, "what is committed needs no write"
+
+
+# ---- Selection
+
+
+@pytest.mark.parametrize(
+    ("include", "exclude", "expected"),
+    [
+        ((), (), ["config.json", "global_step9/mp_rank_00.pt", "global_step9/zero.pt", "latest", "optimizer.pt"]),
+        (("*.pt",), (), ["global_step9/mp_rank_00.pt", "global_step9/zero.pt", "optimizer.pt"]),
+        (("global_step*/**",), ("zero.pt",), ["global_step9/mp_rank_00.pt"]),
+        (("global_step9",), (), ["global_step9/mp_rank_00.pt", "global_step9/zero.pt"]),
+        ((), ("global_step*", "optimizer.pt"), ["config.json", "latest"]),
+        (("config.json", "latest"), ("latest",), ["config.json"]),
+    ],
+    ids=["everything", "names at any depth", "exclude after include", "a folder's name", "exclude a folder", "both"],
+)
+def test_include_and_exclude_decide_what_is_stored(
+    world: World, tmp_path: Path, include: tuple[str, ...], exclude: tuple[str, ...], expected: list[str]
+) -> None:
+    names = ["config.json", "global_step9/mp_rank_00.pt", "global_step9/zero.pt", "latest", "optimizer.pt"]
+    source = make(tmp_path / "source", dict.fromkeys(names, b"x"))
+    world.upload(source, selection=Selection(include, exclude))
+    assert [file.path for file in world.backend.get_manifest(world.uri()).table.files] == expected
+
+
+def test_a_selection_that_leaves_nothing_over_is_refused_and_claims_nothing(world: World, source: Path) -> None:
+    with refused(Reason.SOURCE_EMPTY):
+        world.upload(source, selection=Selection(include=("*.gguf",)))
+    assert world.paths() == []
+
+
+def test_the_marker_of_the_checkpoint_that_a_folder_was_copied_from_is_left_out(world: World, source: Path) -> None:
+    make(source, {MARKER: b'{"state": "Committed"}'})
+    assert world.upload(source).file_count == 3
+    assert MARKER not in tree(world.download())
+
+
+@pytest.mark.parametrize("name", [f"sub/{MARKER}", f"{MARKER}/inside", ".metadata.deleting.json", ".probe-x"])
+def test_a_name_that_would_be_taken_for_a_marker_is_refused_before_the_first_byte(
+    world: World, source: Path, name: str
+) -> None:
+    make(source, {name: b"{}"})
+    with refused(Reason.UNSUPPORTED_NAME):
+        world.upload(source)
+    assert world.paths() == []
+    assert world.upload(source, selection=Selection(exclude=(name,))).file_count == 3
 
 
 # ---- Who gets the place
@@ -290,359 +318,3 @@ def test_a_uri_as_long_as_allowed_has_room_for_layout_unique_or_is_refused_by_le
             world.upload(source, name, uid=uid, layout=Layout.UNIQUE)
         assert not caught.value.retryable
     assert world.paths() == []
-
-
-# ---- Only what is whole is visible
-
-
-@pytest.mark.usefixtures("sequential")
-def test_nothing_is_visible_before_the_commit_and_another_artifact_finds_the_place_busy(world: World, source: Path) -> None:
-    looked = False
-
-    def look() -> None:
-        nonlocal looked
-        looked = True
-        assert_nothing_committed(world)
-        if world.is_bucket:  # on a file system both stage, and the rename decides
-            with refused(Reason.TARGET_BUSY):
-                world.upload(source, uid="uid-b")
-
-    world.upload(source, cancelled=OnLook(2, look))
-    assert looked
-    assert world.backend.get_metadata(world.uri()).artifact_id == "uid-a"
-
-
-def test_a_file_that_is_written_after_the_scan_is_noticed(world: World, source: Path) -> None:
-    def write(progress: Progress) -> None:
-        if progress.stage is Stage.UPLOADING and not progress.bytes_done:
-            (source / "model.safetensors").write_bytes(b"WEIGHTS")
-
-    with refused(Reason.SOURCE_CHANGED):
-        world.upload(source, progress=write)
-    assert_nothing_committed(world)
-
-
-def test_a_file_that_grows_while_it_is_read_is_noticed(world: World, tmp_path: Path) -> None:
-    big = make(tmp_path / "big", {"model.bin": b"x" * (20 * MIB)})
-
-    def grow() -> None:
-        with (big / "model.bin").open("ab") as file:
-            file.write(b"more")
-
-    with refused(Reason.SOURCE_CHANGED):
-        world.upload(big, cancelled=OnLook(2, grow))
-    assert_nothing_committed(world)
-
-
-def test_a_file_that_shrinks_while_it_is_read_is_noticed(world: World, tmp_path: Path) -> None:
-    big = make(tmp_path / "big", {"model.bin": b"x" * (20 * MIB)})
-    with refused(Reason.SOURCE_CHANGED):
-        world.upload(big, cancelled=OnLook(2, lambda: os.truncate(big / "model.bin", 17 * MIB)))
-    assert_nothing_committed(world)
-
-
-@pytest.mark.parametrize("what", ["added", "removed", "linked"])
-def test_a_folder_that_changes_after_its_last_byte_was_sent_is_not_committed(world: World, source: Path, what: str) -> None:
-    def change(progress: Progress) -> None:
-        if progress.stage is Stage.VERIFYING:
-            match what:
-                case "added":
-                    (source / "late.bin").write_bytes(b"x")
-                case "removed":
-                    (source / "config.json").unlink()
-                case "linked":
-                    (source / "late").symlink_to("sub")
-
-    with refused(Reason.SOURCE_CHANGED):
-        world.upload(source, progress=change)
-    assert_nothing_committed(world)
-
-
-@pytest.mark.usefixtures("sequential")
-def test_an_attempt_goes_on_where_a_cancelled_one_stopped(world: World, tmp_path: Path) -> None:
-    source = make(tmp_path / "source", SIX)
-    with pytest.raises(Cancelled):
-        world.upload(source, cancelled=OnLook(4))
-    assert_nothing_committed(world)
-    left = [path for path in world.paths() if not path.endswith(MARKER)]
-    assert len(left) >= 3
-    assert world.upload(source).file_count == 6
-    assert tree(world.download()) == tree(source)
-    assert world.paths() == sorted(f"run/{name}" for name in [*SIX, MARKER])
-
-
-@pytest.mark.usefixtures("sequential")
-def test_after_a_change_of_the_source_only_the_new_state_is_committed(world: World, tmp_path: Path) -> None:
-    source = make(tmp_path / "source", SIX)
-    with pytest.raises(Cancelled):
-        world.upload(source, cancelled=OnLook(5))
-    (source / "0.bin").write_bytes(b"changed")
-    (source / "1.bin").unlink()
-    (source / "2.bin").unlink()
-    make(source, {"2.bin/now-a-folder": b"x"})
-    if world.is_bucket:  # a lock tells the file backend that the earlier mover is gone; a bucket has none
-        with refused(Reason.EARLIER_MOVER_NOT_GONE):
-            world.upload(source)
-        assert_nothing_committed(world)
-    world.upload(source, force=True)
-    assert tree(world.download()) == tree(source)
-    assert world.paths() == sorted(f"run/{name}" for name in [*tree(source), MARKER])
-
-
-# ---- Selection
-
-
-@pytest.mark.parametrize(
-    ("include", "exclude", "expected"),
-    [
-        ((), (), ["config.json", "global_step9/mp_rank_00.pt", "global_step9/zero.pt", "latest", "optimizer.pt"]),
-        (("*.pt",), (), ["global_step9/mp_rank_00.pt", "global_step9/zero.pt", "optimizer.pt"]),
-        (("global_step*/**",), ("zero.pt",), ["global_step9/mp_rank_00.pt"]),
-        (("global_step9",), (), ["global_step9/mp_rank_00.pt", "global_step9/zero.pt"]),
-        ((), ("global_step*", "optimizer.pt"), ["config.json", "latest"]),
-        (("config.json", "latest"), ("latest",), ["config.json"]),
-    ],
-    ids=["everything", "names at any depth", "exclude after include", "a folder's name", "exclude a folder", "both"],
-)
-def test_include_and_exclude_decide_what_is_stored(
-    world: World, tmp_path: Path, include: tuple[str, ...], exclude: tuple[str, ...], expected: list[str]
-) -> None:
-    names = ["config.json", "global_step9/mp_rank_00.pt", "global_step9/zero.pt", "latest", "optimizer.pt"]
-    source = make(tmp_path / "source", dict.fromkeys(names, b"x"))
-    world.upload(source, selection=Selection(include, exclude))
-    assert [file.path for file in world.backend.get_manifest(world.uri()).table.files] == expected
-
-
-def test_a_selection_that_leaves_nothing_over_is_refused_and_claims_nothing(world: World, source: Path) -> None:
-    with refused(Reason.SOURCE_EMPTY):
-        world.upload(source, selection=Selection(include=("*.gguf",)))
-    assert world.paths() == []
-
-
-def test_the_marker_of_the_checkpoint_that_a_folder_was_copied_from_is_left_out(world: World, source: Path) -> None:
-    make(source, {MARKER: b'{"state": "Committed"}'})
-    assert world.upload(source).file_count == 3
-    assert MARKER not in tree(world.download())
-
-
-@pytest.mark.parametrize("name", [f"sub/{MARKER}", f"{MARKER}/inside", ".metadata.deleting.json", ".probe-x"])
-def test_a_name_that_would_be_taken_for_a_marker_is_refused_before_the_first_byte(
-    world: World, source: Path, name: str
-) -> None:
-    make(source, {name: b"{}"})
-    with refused(Reason.UNSUPPORTED_NAME):
-        world.upload(source)
-    assert world.paths() == []
-    assert world.upload(source, selection=Selection(exclude=(name,))).file_count == 3
-
-
-# ---- Deletion
-
-
-def test_a_deletion_removes_everything_and_can_be_repeated(world: World, source: Path) -> None:
-    world.upload(source)
-    assert world.delete() == "nothing is left there"
-    assert world.paths() == []
-    assert_nothing_committed(world)
-    assert world.delete() == "nothing is left there"
-    assert world.upload(source, uid="uid-b").data_owner
-
-
-def test_a_deletion_in_the_library_needs_no_uid_for_what_is_committed(world: World, source: Path) -> None:
-    world.upload(source)
-    assert world.manager().delete(str(world.uri())) == "nothing is left there"
-    assert world.paths() == []
-
-
-def test_a_deletion_leaves_foreign_files_and_nested_artifacts_alone(world: World, source: Path) -> None:
-    world.upload(source)
-    world.upload(source, "run/sub/nested", uid="uid-b")
-    world.put("run/sub/notes.txt", b"mine")
-    world.delete()
-    assert_paths = [f"run/sub/nested/{name}" for name in (MARKER, "config.json", "model.safetensors", "sub/optimizer.pt")]
-    assert world.paths() == [*assert_paths, "run/sub/notes.txt"]
-    assert tree(world.download("run/sub/nested")) == tree(source)
-
-
-def test_a_deletion_leaves_the_data_of_another_artifact_alone(world: World, source: Path) -> None:
-    world.upload(source)
-    assert "belongs to artifact uid-a" in world.delete(uid="uid-b")
-    assert tree(world.download()) == tree(source)
-
-
-def test_retain_keeps_what_is_committed(world: World, source: Path) -> None:
-    world.upload(source)
-    assert "kept" in world.delete(keep=True)
-    assert tree(world.download()) == tree(source)
-
-
-@pytest.mark.usefixtures("sequential")
-@pytest.mark.parametrize("keep", [True, False], ids=["Retain", "Delete"])
-def test_what_was_never_committed_is_removed_whatever_the_policy(world: World, tmp_path: Path, keep: bool) -> None:
-    source = make(tmp_path / "source", SIX)
-    with pytest.raises(Cancelled):
-        world.upload(source, cancelled=OnLook(3))
-    assert world.paths() != []
-    world.delete(keep=keep)
-    assert world.paths() == []
-
-
-def test_an_upload_that_is_cancelled_at_its_first_progress_can_be_deleted(world: World, source: Path) -> None:
-    cancelled = OnLook(-1)
-    with pytest.raises(Cancelled):
-        world.upload(source, progress=lambda _: cancelled.set(), cancelled=cancelled)
-    world.delete(keep=True)
-    assert world.paths() == []
-
-
-# ---- Download
-
-
-def test_an_existing_destination_is_refused(world: World, source: Path, tmp_path: Path) -> None:
-    world.upload(source)
-    (tmp_path / "there").mkdir()
-    (tmp_path / "dangling").symlink_to("nowhere")
-    for name in ("there", "dangling"):
-        with refused(Reason.DESTINATION_EXISTS):
-            world.backend.download_artifact(world.uri(), tmp_path / name)
-    assert list((tmp_path / "there").iterdir()) == []
-
-
-def test_what_is_not_there_cannot_be_downloaded(world: World, tmp_path: Path) -> None:
-    with refused(Reason.NOT_FOUND) as caught:
-        world.backend.download_artifact(world.uri(), tmp_path / "restored")
-    assert caught.value.code is ErrorCode.NOT_FOUND
-    assert not caught.value.retryable
-    assert not (tmp_path / "restored").exists()
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [b"WEIGHTS", b"short", b"much longer than before", None],
-    ids=["other bytes", "cut off", "grown", "removed"],
-)
-def test_a_damaged_file_is_noticed_and_the_destination_does_not_appear(
-    world: World, source: Path, damage: bytes | None
-) -> None:
-    world.upload(source)
-    if damage is None:
-        world.remove("run/model.safetensors")
-    else:
-        world.put("run/model.safetensors", damage)
-    with refused(Reason.INTEGRITY_MISMATCH):
-        world.backend.download_artifact(world.uri(), world.work / "restored")
-    assert not (world.work / "restored").exists()
-
-
-def test_a_second_download_keeps_what_the_first_had_fetched(world: World, source: Path) -> None:
-    world.upload(source)
-    restored, staging = world.work / "restored", world.work / "restored.partial"
-    world.put("run/sub/optimizer.pt", b"STATE")
-    with refused(Reason.INTEGRITY_MISMATCH):
-        world.backend.download_artifact(world.uri(), restored)
-    before = (staging / "model.safetensors").stat()
-    (staging / "config.json").write_bytes(b"??")  # of the right size, and wrong
-    world.put("run/sub/optimizer.pt", b"state")
-    world.backend.download_artifact(world.uri(), restored)
-    after = (restored / "model.safetensors").stat()
-    assert tree(restored) == tree(source)
-    assert (after.st_ino, after.st_ctime_ns) == (before.st_ino, before.st_ctime_ns), "it was fetched again"
-    assert not staging.exists()
-
-
-def test_a_folder_that_merely_has_the_name_of_the_staging_folder_is_left_alone(world: World, source: Path) -> None:
-    world.upload(source)
-    make(world.work, {"restored.partial/precious": b"x"})
-    with refused(Reason.DESTINATION_EXISTS):
-        world.backend.download_artifact(world.uri(), world.work / "restored")
-    assert (world.work / "restored.partial" / "precious").read_bytes() == b"x"
-
-
-def test_a_disk_that_refuses_the_download_is_a_storage_error(world: World, source: Path) -> None:
-    world.upload(source)
-    (world.work / "file").write_bytes(b"")
-    with pytest.raises(StorageError, match="writing to"):
-        world.backend.download_artifact(world.uri(), world.work / "file" / "restored")
-
-
-def line(path: str) -> StoredFile:
-    return StoredFile(path=path, size=7, sha256=hashlib.sha256(b"weights").hexdigest(), etag='"x"')
-
-
-HOSTILE = {
-    "a file above": FileTable(files=[line("../evil")]),
-    "an absolute file": FileTable(files=[line("/tmp/evil")]),
-    "a file above, through a folder": FileTable(files=[line("sub/../../evil")]),
-    "an empty name": FileTable(files=[line("")]),
-    "the marker itself": FileTable(files=[line(MARKER)]),
-    "a file twice": FileTable(files=[line("x"), line("x")]),
-    "a folder above": FileTable(files=[line("x")], empty_directories=["../evil"]),
-    "a link to above": FileTable(files=[line("x")], links=[Link(path="l", target="../evil")]),
-    "an absolute link": FileTable(files=[line("x")], links=[Link(path="l", target="/etc")]),
-    "a link that lies above": FileTable(files=[line("x")], links=[Link(path="../evil", target="x")]),
-    "two links that leave together": FileTable(
-        files=[line("x")], links=[Link(path="a/l", target=".."), Link(path="m", target="a/l/..")]
-    ),
-    "a link below a link": FileTable(files=[line("x")], links=[Link(path="d", target="."), Link(path="d/l", target="..")]),
-    "a file below a link": FileTable(files=[line("d/x")], links=[Link(path="d", target=".")]),
-    "a folder below a file": FileTable(files=[line("x")], empty_directories=["x/y"]),
-}
-
-
-@pytest.mark.parametrize("table", HOSTILE.values(), ids=HOSTILE)
-def test_a_manifest_that_would_write_outside_the_destination_is_refused(
-    world: World, source: Path, table: FileTable
-) -> None:
-    world.upload(source)
-    manifest = world.backend.get_manifest(world.uri())
-    world.put(f"run/{MARKER}", encode(manifest.replace(table=table)))
-    yard = world.work / "yard" / "inner"
-    yard.mkdir(parents=True)
-    with refused(Reason.UNSUPPORTED_NAME):
-        world.backend.download_artifact(world.uri(), yard / "restored")
-    assert tree(yard.parent) == {"inner": None}
-
-
-# ---- Lists
-
-
-def test_lists_filter_by_prefix_and_type(world: World, source: Path) -> None:
-    for name, kind in (("a/one", "checkpoint"), ("a/two", "merged"), ("ab/three", "checkpoint"), ("a/one/in", "merged")):
-        world.upload(source, name, uid=f"uid-{name.replace('/', '-')}", metadata=ArtifactMetadata(artifact_type=kind))
-
-    def listed(prefix: str, kind: str | None = None) -> list[str]:
-        found = world.backend.list_artifacts(world.uri(prefix), kind)
-        return sorted(str(metadata.storage_path).removeprefix(f"{world.base}/") for metadata in found)
-
-    assert listed("a") == ["a/one", "a/one/in", "a/two"]
-    assert listed("a", "merged") == ["a/one/in", "a/two"]
-    assert listed("a/one") == ["a/one", "a/one/in"]
-    assert listed("a/on") == []
-    assert listed("nothing") == []
-    everywhere = [found.storage_path for found in world.manager().list(world.base.rpartition("/")[0] + "/")]
-    assert set(everywhere) >= {str(world.uri(name)) for name in ("a/one", "a/two", "ab/three", "a/one/in")}
-
-
-def test_a_whole_bucket_or_volume_is_refused_as_a_place(world: World, source: Path) -> None:
-    root = "file:///" if not world.is_bucket else f"{world.base.rpartition('/')[0]}/"
-    manager = world.manager()
-    for act in (
-        lambda: manager.upload(source, root),
-        lambda: manager.delete(root),
-        lambda: manager.delete(root, force=True),
-        lambda: manager.download(root, world.work / "restored"),
-        lambda: manager.get_metadata(root),
-    ):
-        with refused(Reason.UNSUPPORTED_URI):
-            act()
-
-
-def test_the_manager_does_the_whole_round(world: World, source: Path) -> None:
-    manager, uri = world.manager(), str(world.uri())
-    stored = manager.upload(source, uri, ArtifactMetadata(job_name="dpo"))
-    assert manager.upload(source, uri) == stored
-    assert manager.download(uri, world.work / "restored") == manager.get_metadata(uri)
-    assert tree(world.work / "restored") == tree(source)
-    manager.delete(uri)
-    with refused(Reason.NOT_FOUND):
-        manager.get_metadata(uri)

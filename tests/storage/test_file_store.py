@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from storage_world import CHECKPOINT, MARKER, MIB, FileWorld, OnLook, make, tree
+from storage_world import CHECKPOINT, MARKER, MIB, FileWorld, OnLook, make, refused, tree
 
 from checkpoint_operator.api.errors import Reason
 from checkpoint_operator.api.protocol import Layout, Progress, Stage
@@ -20,15 +20,6 @@ from checkpoint_operator.storage.manifest import FileTable, Link, StoredFile
 from checkpoint_operator.storage.marker import encode
 
 STAGING = ".partial-uid-a"
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    return make(tmp_path / "source", {"config.json": b"{}", "model.safetensors": b"weights", "sub/optimizer.pt": b"state"})
-
-
-def refused(reason: Reason) -> pytest.RaisesExc[StorageError]:
-    return pytest.RaisesExc(StorageError, check=lambda error: error.reason is reason)
 
 
 # ---- Links that somebody planted
