@@ -80,12 +80,12 @@ clean:  ## Remove what was made in this folder (what was built once is kept)
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 	@echo "Kept: the Kubernetes that was built once, in $(CACHE)"
 
-# Where somebody provides a cluster or its programs, there is nothing to build.
+# What is there already, or is provided by somebody (CLUSTER_PROVIDER, KUBEBUILDER_ASSETS), is not built.
 .PHONY: programs
 programs: $(STAMP)
-	@if [ -z "$${KUBEBUILDER_ASSETS:-}" ] && [ "$${CLUSTER_PROVIDER:-native}" = native ]; then \
-		echo "==> Kubernetes (built once, which takes about nine minutes; kept in $(CACHE))"; \
-		$(BIN)/python -m local_cluster build >/dev/null; fi
+	@echo "==> the programs that the tests start (built once: Kubernetes takes about nine minutes, the stores about four;"
+	@echo "    kept in $(CACHE))"
+	@$(BIN)/python -m local_cluster build >/dev/null
 
 # The first that is new enough; PYTHON=/path/to/python3.12 decides otherwise.
 PYTHON ?=

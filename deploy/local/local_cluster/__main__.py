@@ -7,13 +7,21 @@ import signal
 import sys
 
 from . import detached
-from .build import build
+from .build import build_versitygw
 from .errors import LocalClusterError
+from .providers import NATIVE, chosen_provider, programs_dir
 
 
 def say(text: str) -> None:
     # To stderr, so that `eval "$(… up)"` sees only the export lines.
     print(text, file=sys.stderr, flush=True)
+
+
+def prepare() -> None:
+    """Everything that the tests start and that is not in the Python environment; each is made once and says so."""
+    if chosen_provider() == NATIVE:  # a cluster that is there already needs no programs
+        print(programs_dir(say))
+    print(build_versitygw(say))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -35,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(text)
             return 1 if text.startswith("down") else 0
         else:
-            print(build(say=say))
+            prepare()
     except LocalClusterError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -98,7 +98,7 @@ def _start(session: Session, program: Path, tls: TLSFiles | None) -> VersityGW:
     root = Identity("admin", (), new_secret(), new_secret())
     # By the environment: the arguments of a process can be read by everybody.
     environment = {"ROOT_ACCESS_KEY": root.access_key, "ROOT_SECRET_KEY": root.secret_key}
-    common = [program, "--quiet", "--health", _HEALTH, "--region", REGION]
+    common: list[str | Path] = [program, "--quiet", "--health", _HEALTH, "--region", REGION]
     socket = state / "iam.sock"
 
     iam = [*common, "--port", f"127.0.0.1:{iam_port}", "iam", "--dir", users, "--private-ports", socket]
