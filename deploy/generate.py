@@ -11,7 +11,7 @@ from pathlib import Path
 import yaml
 
 from checkpoint_operator.api.crd import custom_resource_definition
-from checkpoint_operator.api.errors import FAILURES, ExitCode
+from checkpoint_operator.api.errors import CODES, FAILURES, ErrorCode, ExitCode, Reason
 from checkpoint_operator.controller.config import ENV_PREFIX, Settings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,11 +30,23 @@ def crd() -> str:
 
 
 def failures_table() -> str:
-    lines = ["| reason | code | mover's exit | tried again | what to do |", "|---|---|---|---|---|"]
+    lines = ["| code | what it means, and what to do | reasons |", "|---|---|---|"]
+    for code, meaning in CODES.items():
+        reasons = ", ".join(f"`{reason}`" for reason in sorted(FAILURES) if code in _codes(reason))
+        lines.append(f"| {code} | {meaning} | {reasons} |")
+    lines += ["", "| reason | code | mover's exit | tried again | what to do |", "|---|---|---|---|---|"]
     for reason, failure in sorted(FAILURES.items(), key=lambda item: (item[1].code, item[0])):
         exit_code = ExitCode(failure.exit_code)
-        lines.append(f"| `{reason}` | {failure.code} | {exit_code.value} | {failure.retry} | {failure.help} |")
+        codes = ", ".join(_codes(reason))
+        lines.append(f"| `{reason}` | {codes} | {exit_code.value} | {failure.retry} | {failure.help} |")
     return "\n".join(lines)
+
+
+def _codes(reason: Reason) -> tuple[ErrorCode, ...]:
+    """One, or, for a refusal that may meet anything, one for each kind of call."""
+    if reason is Reason.REQUEST_REJECTED:
+        return ErrorCode.UPLOAD, ErrorCode.DOWNLOAD, ErrorCode.METADATA
+    return (FAILURES[reason].code,)
 
 
 def settings_table() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from decimal import Decimal
 
 import pytest
 from pydantic import ValidationError
@@ -37,7 +38,7 @@ def test_every_field_survives_a_round_trip() -> None:
 
 
 def test_unknown_keys_of_a_newer_version_survive() -> None:
-    newer = {"future": {"deep": [1, {"x": None}]}, "score": 0.5, "to_dict": "a name of ours", "done": True}
+    newer = {"future": {"deep": [1, {"x": None}]}, "score": 0.5, "to_dict": "a name of ours", "done": True, "not yet": None}
     there = ArtifactMetadata.from_dict(newer).to_dict()
     assert {key: there[key] for key in newer} == newer
     assert ArtifactMetadata.from_dict(there).replace(step=3).to_dict() == {**there, "step": 3}
@@ -46,6 +47,27 @@ def test_unknown_keys_of_a_newer_version_survive() -> None:
 def test_numbers_become_decimal_strings_where_a_float_would_not_survive() -> None:
     metadata = ArtifactMetadata.from_dict({"final_loss": 0.25, "metrics": {"loss": 1, "lr": 5e-7}})
     assert (metadata.final_loss, metadata.metrics) == ("0.25", {"loss": "1", "lr": "5e-07"})
+
+
+def test_numbers_of_training_code_are_taken_as_they_come() -> None:
+    class Float32(float):  # NumPy's scalars are numbers of their own class, with a repr that is no number
+        def __repr__(self) -> str:
+            return f"Float32({self})"
+
+        def __str__(self) -> str:
+            return "0.1"
+
+    metadata = ArtifactMetadata(final_loss=Float32(0.1), metrics={"loss": Decimal("0.5")})
+    assert (metadata.final_loss, metadata.metrics) == ("0.1", {"loss": "0.5"})
+    assert ArtifactMetadata().replace(final_loss=0.5).to_dict()["final_loss"] == "0.5"
+    assert ArtifactMetadata(final_loss=float("nan")).to_dict()["final_loss"] == "nan"
+    with pytest.raises(ValidationError, match="final_loss"):
+        ArtifactMetadata(final_loss=True)
+
+
+def test_what_is_changed_is_checked_like_what_is_made() -> None:
+    with pytest.raises(ValidationError, match="step"):
+        ArtifactMetadata().replace(step="many")
 
 
 def test_what_was_never_set_is_left_out() -> None:

@@ -23,6 +23,21 @@ class ErrorCode(StrEnum):
     UNAVAILABLE = "RLHF059"
 
 
+CODES: dict[ErrorCode, str] = {
+    ErrorCode.UNSUPPORTED: "What was asked for cannot be done here: correct the URI or the name, or install the backend.",
+    ErrorCode.UPLOAD: "An upload was refused for good, or ended by a bug: the message has the store's own words.",
+    ErrorCode.DOWNLOAD: "A download or a verification was refused for good: the message has the words of the store or disk.",
+    ErrorCode.METADATA: "A list, a look at the metadata or a deletion was refused for good: see the store's own words.",
+    ErrorCode.NOT_FOUND: "No committed checkpoint, or no bucket, is there: list its parent, or create the bucket.",
+    ErrorCode.EXISTS: "Somebody else's data is there, or being written: choose another place, or try again later.",
+    ErrorCode.INTEGRITY: "Bytes are not what was written: upload the checkpoint again to another place, look at the store.",
+    ErrorCode.SOURCE: "The source is missing, unreadable, empty, or was written to meanwhile: look at the named file.",
+    ErrorCode.CREDENTIALS: "Keys are missing, wrong, or may not do this: give them the permissions of the backend's page.",
+    ErrorCode.UNAVAILABLE: "The store does not answer, or not in time: the same call may succeed later.",
+}
+"""What each code means to whoever calls the library, and what to do; the reasons below say it more exactly."""
+
+
 class ExitCode(IntEnum):
     """What the mover's exit says when its result was lost (DESIGN §5). Part of the mover protocol: never renumber."""
 

@@ -1,6 +1,7 @@
 """Target URIs are written by users, so they are hostile until they came through here."""
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Self
@@ -48,7 +49,7 @@ def bad_segment(segment: str) -> str | None:
     return None
 
 
-def _without_secrets(text: str) -> str:
+def without_secrets(text: str) -> str:
     """The text for a message: before an '@' may stand a password, behind a '?' a signature (presigned, SAS)."""
     start, at, rest = text.rpartition("@")
     scheme, slashes, _ = start.partition("://")
@@ -57,37 +58,47 @@ def _without_secrets(text: str) -> str:
     return f"{before}?***" if query else shown
 
 
+def _is_bucket(scheme: str, bucket: str) -> bool:
+    if scheme in _BUCKET:
+        return _BUCKET[Scheme(scheme)].fullmatch(bucket) is not None
+    return not bucket or bad_segment(bucket) is None
+
+
 @dataclass(frozen=True)
 class TargetURI:
     """A place in a store: scheme, bucket (or container; empty for ``file``), and a path that is never empty.
+
+    ``scheme`` is a :class:`Scheme`, or, in the library alone, one that another package serves.
 
     The path has no leading or trailing slash. It is taken literally: ``%20`` means these three characters, because
     an object key has no escaping and a URI that is decoded by one reader and not by the next names two objects.
     """
 
-    scheme: Scheme
+    scheme: str
     bucket: str
     path: str
 
     @classmethod
-    def parse(cls, text: str, *, allow_root: bool = False) -> Self:
+    def parse(cls, text: str, *, allow_root: bool = False, others: Collection[str] = ()) -> Self:
         """Parse and normalise (one trailing slash is dropped).
 
         ``allow_root``: a whole bucket or volume is fine too (for listing; never for writing or deleting).
+        ``others``: schemes that are fine beside the four. What a bucket is there, and whether there is one, their
+        backend knows; the path keeps the rules of every path. The custom resource has the four alone.
 
         Raises:
             InvalidURI: with a sentence that names the text and the way out.
         """
-        shown = _without_secrets(text)
+        shown = without_secrets(text)
         scheme_text, separator, rest = text.partition("://")
-        if not separator or scheme_text not in set(Scheme):
+        if not separator or scheme_text not in {*Scheme, *others}:
             raise InvalidURI(
                 f"'{shown}' has no supported scheme: use file:///path, s3://bucket/prefix, gs://bucket/prefix "
                 "or azure://container/prefix"
             )
         if len(text) > MAX_LENGTH:
             raise InvalidURI(f"'{shown[:60]}…' has {len(text)} characters: at most {MAX_LENGTH} are allowed")
-        scheme = Scheme(scheme_text)
+        scheme = Scheme(scheme_text) if scheme_text in set(Scheme) else scheme_text
         bucket, slash, path = rest.partition("/")
         if "@" in bucket or (":" in bucket and "@" in path):  # a secret key may hold a '/' itself
             raise InvalidURI(f"a {scheme}:// URI has user information before '@': credentials never go into a URI")
@@ -97,7 +108,7 @@ class TargetURI:
         if scheme is Scheme.FILE:
             if bucket:
                 raise InvalidURI(f"'{shown}' names a host: a file URI has three slashes, file:///path")
-        elif not _BUCKET[scheme].fullmatch(bucket):
+        elif not _is_bucket(scheme, bucket):
             raise InvalidURI(f"'{shown}' names no valid bucket or container: see the store's naming rules")
         path = path.removesuffix("/")
         if not path and allow_root:

@@ -3,18 +3,22 @@
 from checkpoint_operator.api.errors import ErrorCode, Reason
 from checkpoint_operator.api.metadata import ArtifactMetadata
 from checkpoint_operator.api.protocol import Layout, Progress, Stored, TargetOptions
+from checkpoint_operator.storage.aio import AsyncStorageManager
 from checkpoint_operator.storage.backend import DeleteRequest, OnProgress, StorageBackend, UploadRequest
 from checkpoint_operator.storage.errors import Cancelled, RLHFStorageError, StorageError
+from checkpoint_operator.storage.listing import Filters
 from checkpoint_operator.storage.local import LocalStorageBackend
 from checkpoint_operator.storage.manager import StorageManager, get_storage_manager
 from checkpoint_operator.storage.registry import AzureBlobStorageBackend, GCSStorageBackend, S3StorageBackend
 
 __all__ = [
     "ArtifactMetadata",
+    "AsyncStorageManager",
     "AzureBlobStorageBackend",
     "Cancelled",
     "DeleteRequest",
     "ErrorCode",
+    "Filters",
     "GCSStorageBackend",
     "Layout",
     "LocalStorageBackend",

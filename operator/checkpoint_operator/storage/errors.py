@@ -44,9 +44,27 @@ class StorageError(Exception):
         """Whether the same call may succeed later with nothing changed by a human."""
         return FAILURES[self.reason].retry is not Retry.NEVER
 
+    def locate(self, operation: str, **context: str) -> None:
+        """Say what the caller had asked for, and where, as far as the one who raised it did not know.
+
+        What was being done for it at that moment (``put part``) stays, as ``request``.
+        """
+        inner = self.context.pop("operation", operation)
+        request = {} if inner == operation else {"request": inner}
+        outer = {key: _printable(value) for key, value in context.items()}
+        self.context = {**outer, "operation": operation, **request, **self.context}
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Errors cross process boundaries too: a pool of processes would hang at one that cannot be rebuilt."""
+        return _rebuild, (type(self), self.reason, self.message, self.context)
+
     def __str__(self) -> str:
         where = ", ".join(f"{key}={value}" for key, value in self.context.items())
         return f"{self.code} {self.reason}: {self.message}" + (f" ({where})" if where else "")
+
+
+def _rebuild(kind: type[StorageError], reason: Reason, message: str, context: dict[str, str]) -> StorageError:
+    return kind(reason, message, **context)
 
 
 RLHFStorageError = StorageError
