@@ -9,6 +9,8 @@ BIN := $(VENV)/bin
 # The lock decides what is installed, pyproject.toml how our own package is; each has its stamp.
 LOCKED := $(VENV)/.locked
 STAMP := $(VENV)/.stamp
+# What the benchmark compares with, apart from what we depend on.
+PEERS := $(VENV)/bench/.stamp
 CACHE := $${CHECKPOINT_OPERATOR_CACHE:-~/.cache/checkpoint-operator}
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 export PYTHONPATH := $(CURDIR)/deploy/local
@@ -56,7 +58,14 @@ generate: $(STAMP)  ## Write the CRD and the tables in docs/ from the code
 
 .PHONY: bench
 bench: $(STAMP)  ## What is in benchmarks/: tables, never a timed test
-	@for file in benchmarks/*.py; do echo "==> $$file"; $(BIN)/python "$$file"; done
+	@echo "==> the controller"
+	@$(BIN)/python benchmarks/controller.py
+	@$(MAKE) bench-transfer
+
+.PHONY: bench-transfer
+bench-transfer: $(STAMP) $(PEERS)  ## The transfer engine beside s5cmd, rclone, obstore and boto3 (ARGS="--rounds 1 --help")
+	@echo "==> the transfer engine"
+	@$(BIN)/python benchmarks/transfer.py $(ARGS)
 
 .PHONY: cluster-up
 cluster-up: $(STAMP)  ## A Kubernetes to try things on; prints two export lines
@@ -71,8 +80,10 @@ lock:  ## Lock the dependencies anew, with hashes (uv comes from a throw-away en
 	@$(find_python); folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; \
 		"$$python" -m venv "$$folder" && "$$folder/bin/pip" --disable-pip-version-check --quiet install uv; \
 		"$$folder/bin/uv" pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
-			--no-emit-index-url --group dev --extra s3 --extra gcs --extra azure --extra operator pyproject.toml --output-file requirements/dev.txt
-	@echo "wrote requirements/dev.txt"
+			--no-emit-index-url --group dev --extra s3 --extra gcs --extra azure --extra operator pyproject.toml --output-file requirements/dev.txt; \
+		"$$folder/bin/uv" pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
+			--no-emit-index-url requirements/bench.in --output-file requirements/bench.txt
+	@echo "wrote requirements/dev.txt and requirements/bench.txt"
 
 .PHONY: clean
 clean:  ## Remove what was made in this folder (what was built once is kept)
@@ -114,4 +125,10 @@ $(LOCKED): requirements/dev.txt
 $(STAMP): $(LOCKED) pyproject.toml
 	@echo "==> this checkout, into $(VENV)" >&2
 	@$(PIP) install --no-deps --no-build-isolation --editable . >&2
+	@touch $@
+
+$(PEERS): requirements/bench.txt | $(STAMP)
+	@echo "==> the peers of the benchmark, into $(VENV)/bench" >&2
+	@$(BIN)/python -m venv --clear $(VENV)/bench >&2
+	@$(VENV)/bench/bin/python -m pip --disable-pip-version-check --quiet install --require-hashes -r requirements/bench.txt >&2
 	@touch $@

@@ -30,6 +30,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from bars import Bar
 from kubernetes import client, config, watch
 
 import local_cluster as lc
@@ -59,31 +60,6 @@ Object = dict[str, Any]
 
 class BenchmarkError(Exception):
     """There is nothing to measure: the operator died, or an artifact did not become Ready."""
-
-
-@dataclass(frozen=True)
-class Bar:
-    """One measured value beside what was promised."""
-
-    name: str
-    measured: float
-    unit: str = ""
-    limit: float | None = None
-    goal: float | None = None
-
-    @property
-    def verdict(self) -> str:
-        if self.limit is None:
-            return "-"
-        if self.measured > self.limit:
-            return "NOT MET"
-        return "met" if self.goal is None or self.measured <= self.goal else "met (goal missed)"
-
-    def row(self) -> str:
-        promised = "" if self.limit is None else f"≤ {self.limit:g} {self.unit}"
-        promised += "" if self.goal is None else f" (goal {self.goal:g})"
-        measured = f"{self.measured:.2f}" if isinstance(self.measured, float) else str(self.measured)
-        return f"{self.name:62} {measured:>9} {self.unit:4} {promised:20} {self.verdict}"
 
 
 @dataclass(frozen=True)

@@ -1,112 +1,294 @@
-"""How fast is the transfer engine, compared with the SDK's own upload of the same files in the same run?
+"""How fast is the transfer engine, and what does it cost, beside the clients that people use today?
 
-Both write to one SeaweedFS on loopback, in turns. The peer is ``boto3``'s ``upload_file`` (s3transfer) with the same
-part size and as many threads, without any of the promises: no claim, no create-only writes, no manifest, no verification.
-So a ratio above 1 says what the promises cost. Times are the best of the rounds; nothing is asserted.
+Every run is a process of its own, from fork to exit, so that start-up counts; the clients take turns, round by round in
+another order, so that a slow moment of the machine meets all of them. Ours is the mover with a plan (and the library's
+download): it hashes, verifies and commits, and there is no other engine for benchmarks. The others verify less or nothing.
+The target is on this machine and shares its cores. After each run it is checked that the bytes are where they belong;
+nothing is asserted about time. `docs/benchmarks.md` says how to read it.
 """
 
 import argparse
+import json
 import os
 import shutil
+import signal
+import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from boto3.s3.transfer import TransferConfig
+from bars import Bar
+from measure import Cost, RunFailed, measure
+from peers import BENCH_VENV, CLIENTS, Job
+from targets import TARGETS, Target
 
-import local_cluster as lc
-from checkpoint_operator.storage import StorageManager, TargetOptions
-from checkpoint_operator.storage.s3 import MIB, PART_SIZE
-from checkpoint_operator.storage.transfer import DEFAULT_WORKERS
+from checkpoint_operator.api.names import MARKER_NAME
 
-SCENARIOS: dict[str, list[int]] = {
-    "one file of 256 MiB": [256 * MIB],
-    "4 shards of 64 MiB and 12 small files": [64 * MIB] * 4 + [20_000] * 12,
-    "200 files of 64 KiB": [64 * 1024] * 200,
+RESULTS = Path(__file__).parent / "results" / "transfer.json"
+MIB = 1 << 20
+NEEDED = 6 << 30
+"""Bytes that must be free in the folder: a source, and what a download makes of it, and room."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """So many files of so many bytes each, in one direction."""
+
+    count: int
+    size: int
+    download: bool = False
+
+    @property
+    def bytes(self) -> int:
+        return self.count * self.size
+
+    def names(self) -> list[str]:
+        return [f"file-{number:05}.bin" for number in range(self.count)]
+
+    def make(self, folder: Path, *, sparse: bool) -> None:
+        """Random content, or (``sparse``) zeros that take no room."""
+        folder.mkdir()
+        for name in self.names():
+            with (folder / name).open("wb") as file:
+                if sparse:
+                    file.truncate(self.size)
+                    continue
+                for start in range(0, self.size, MIB):
+                    file.write(os.urandom(min(MIB, self.size - start)))
+
+
+WORKS = {
+    "upload_1gib": Work(1, 1 << 30),
+    "download_1gib": Work(1, 1 << 30, download=True),
+    "upload_5000x64k": Work(5000, 64 << 10),
+    "download_5000x64k": Work(5000, 64 << 10, download=True),
 }
+MEMORY_WORKS = {"memory_10gib_sparse": Work(1, 10 << 30), "memory_50000_files": Work(50_000, 1 << 10)}
 
 
-def write_files(folder: Path, sizes: list[int]) -> None:
-    folder.mkdir()
-    for number, size in enumerate(sizes):
-        (folder / f"file-{number:04}.bin").write_bytes(os.urandom(size))
+@dataclass(frozen=True)
+class Row:
+    """One line of the results. ``peak_rss_mb`` is the highest of the rounds, ``cpu_s_per_gb`` their median (10^9 bytes)."""
+
+    work: str
+    target: str
+    client: str
+    median_s: float
+    min_s: float
+    max_s: float
+    ratio_to_s5cmd: float | None
+    cpu_s_per_gb: float
+    peak_rss_mb: float
+
+    @classmethod
+    def of(cls, work: str, size: int, target: str, client: str, costs: Collection[Cost], s5cmd: Collection[Cost]) -> "Row":
+        walls = [cost.wall_s for cost in costs]
+        median = statistics.median(walls)
+        return cls(
+            work,
+            target,
+            client,
+            round(median, 3),
+            round(min(walls), 3),
+            round(max(walls), 3),
+            round(median / statistics.median(cost.wall_s for cost in s5cmd), 3) if s5cmd else None,
+            round(statistics.median(cost.cpu_s for cost in costs) / (size / 1e9), 3),
+            round(max(cost.rss_mb for cost in costs), 1),
+        )
+
+    def text(self) -> str:
+        ratio = "" if self.ratio_to_s5cmd is None else f"{self.ratio_to_s5cmd:.2f}"
+        return (
+            f"{self.work:19} {self.target:9} {self.client:8} {self.median_s:8.2f} {self.min_s:8.2f} {self.max_s:8.2f}"
+            f" {ratio:>8} {self.cpu_s_per_gb:9.2f} {self.peak_rss_mb:8.0f}"
+        )
 
 
-def best(rounds: int, *actions: Callable[[int], None]) -> list[float]:
-    """The shortest time of each action, run in turns so that a slow moment of the machine meets all of them."""
-    times = [float("inf")] * len(actions)
-    for number in range(rounds):
-        for index, action in enumerate(actions):
-            started = time.perf_counter()
-            action(number)
-            times[index] = min(times[index], time.perf_counter() - started)
-    return times
+HEADER = (
+    f"{'work':19} {'target':9} {'client':8} {'median s':>8} {'min s':>8} {'max s':>8}"
+    f" {'/ s5cmd':>8} {'CPU s/GB':>9} {'RSS MB':>8}"
+)
 
 
-def compare(store: lc.ObjectStore, credentials: Path, folder: Path, name: str, rounds: int) -> str:
-    sizes = SCENARIOS[name]
-    source = folder / "source"
-    write_files(source, sizes)
-    slug = name.replace(" ", "-")
-    ours_manager = StorageManager(
-        TargetOptions(endpoint=store.endpoint, credentials_directory=str(credentials), force_path_style=True)
-    )
-    client = store.client()
-    config = TransferConfig(
-        multipart_threshold=PART_SIZE, multipart_chunksize=PART_SIZE, max_concurrency=DEFAULT_WORKERS, use_threads=True
-    )
+@dataclass(frozen=True)
+class Bench:
+    """One target, and a folder of which everything is removed at the end."""
 
-    def ours(number: int) -> None:
-        ours_manager.upload(source, f"s3://bench/ours/{slug}/{number}")
+    target: Target
+    folder: Path
+    failures: list[str]
+    """One sentence for each run that failed; its client is left out of the rest of that work."""
 
-    def peer(number: int) -> None:
-        with ThreadPoolExecutor(DEFAULT_WORKERS) as pool:
-            uploads = [
-                pool.submit(
-                    client.upload_file,
-                    str(path),
-                    "bench",
-                    f"peer/{slug}/{number}/{path.name}",
-                    ExtraArgs={"ChecksumAlgorithm": "SHA256"},
-                    Config=config,
-                )
-                for path in sorted(source.iterdir())
-            ]
-            for upload in uploads:
-                upload.result()
+    def compare(self, name: str, work: Work, clients: list[str], rounds: int) -> list[Row]:
+        costs: dict[str, list[Cost]] = {client: [] for client in clients}
+        bucket = name.replace("_", "-")
+        # The sink serves zeros whatever it was sent.
+        with self._source(work, sparse=work.download and self.target.ca is not None) as source:
+            if work.download:
+                self.target.make_bucket(bucket)
+                writer = "ours" if "ours" in clients else clients[0]
+                self._run(writer, Job(self.target, False, source, bucket, "shared", self.folder), work)
+            for number in range(rounds):
+                turn = number % len(clients)
+                for client in clients[turn:] + clients[:turn]:
+                    if client not in costs:
+                        continue
+                    try:
+                        if work.download:
+                            cost = self._download(client, bucket, work)
+                        else:
+                            cost = self._upload(client, f"{bucket}-{client}-{number}", source, work)
+                    except RunFailed as error:
+                        self.failures.append(f"{name} {self.target.name} {client}: {error}")
+                        del costs[client]
+                        continue
+                    costs[client].append(cost)
+                    print(f"  {name} {self.target.name} round {number + 1} {client}: {cost.wall_s:.2f} s", flush=True)
+            if work.download:
+                self.target.remove_bucket(bucket)
+        s5cmd = costs.get("s5cmd", [])
+        return [Row.of(name, work.bytes, self.target.name, client, found, s5cmd) for client, found in costs.items()]
 
-    mine, theirs = best(rounds, ours, peer)
-    shutil.rmtree(source)
-    total = sum(sizes) / MIB
-    return (
-        f"{name:40} engine {mine:6.2f} s ({total / mine:5.0f} MiB/s)   boto3 {theirs:6.2f} s ({total / theirs:5.0f} MiB/s)"
-        f"   ratio {mine / theirs:.2f}"
-    )
+    def memory(self, name: str, work: Work) -> Row:
+        """The mover alone, once."""
+        with self._source(work, sparse=True) as source:
+            cost = self._upload("ours", name.replace("_", "-"), source, work)
+        return Row.of(name, work.bytes, self.target.name, "ours", [cost], [])
+
+    @contextmanager
+    def _source(self, work: Work, *, sparse: bool) -> Iterator[Path]:
+        source = self.folder / "source"
+        try:
+            work.make(source, sparse=sparse)
+            yield source
+        finally:
+            shutil.rmtree(source)
+
+    def _upload(self, client: str, bucket: str, source: Path, work: Work) -> Cost:
+        self.target.make_bucket(bucket)
+        cost = self._run(client, Job(self.target, False, source, bucket, "checkpoint", self.folder), work)
+        self.target.remove_bucket(bucket)
+        return cost
+
+    def _download(self, client: str, bucket: str, work: Work) -> Cost:
+        destination = self.folder / "destination"
+        destination.mkdir()
+        try:
+            return self._run(client, Job(self.target, True, destination, bucket, "shared", self.folder), work)
+        finally:
+            shutil.rmtree(destination)
+
+    def _run(self, client: str, job: Job, work: Work) -> Cost:
+        command = CLIENTS[client](job)
+        cost = measure(command.argv, command.environment, self.folder / f"{client}.log")
+        if job.download:
+            found = {path.name: path.stat().st_size for path in job.folder.rglob("*") if path.is_file()}
+        else:
+            found = {key.removeprefix(f"{job.prefix}/"): size for key, size in self.target.sizes(job.bucket).items()}
+        found.pop(MARKER_NAME, None)
+        if found != dict.fromkeys(work.names(), work.size):
+            raise RunFailed(
+                f"{client} ended well, but {len(found)} files are there that are not the {work.count} of the source"
+            )
+        return cost
+
+
+def make_room(parent: Path) -> Path:
+    """A folder with the keys and an empty home, for every client."""
+    folder = Path(tempfile.mkdtemp(prefix="ckpt-bench-", dir=parent))
+    (folder / "home").mkdir()
+    (folder / "keys").mkdir()
+    return folder
+
+
+def measurements(arguments: argparse.Namespace, failures: list[str]) -> Iterator[list[Row]]:
+    for name in arguments.target or TARGETS:
+        folder = make_room(arguments.folder)
+        try:
+            with TARGETS[name]() as target:
+                (folder / "keys" / "AWS_ACCESS_KEY_ID").write_text(target.access_key)
+                (folder / "keys" / "AWS_SECRET_ACCESS_KEY").write_text(target.secret_key)
+                yield from measure_target(arguments, Bench(target, folder, failures))
+        finally:
+            shutil.rmtree(folder)
+
+
+def measure_target(arguments: argparse.Namespace, bench: Bench) -> Iterator[list[Row]]:
+    works = [] if arguments.memory_only else arguments.work or list(WORKS)
+    for name in works:
+        try:
+            yield bench.compare(name, WORKS[name], arguments.client or list(CLIENTS), arguments.rounds)
+        except RunFailed as error:
+            bench.failures.append(f"{name} {bench.target.name}: nothing to download: {error}")
+    if not (arguments.memory or arguments.memory_only) or bench.target.ca is None:
+        return
+    for name, work in MEMORY_WORKS.items():
+        try:
+            yield [bench.memory(name, work)]
+        except RunFailed as error:
+            bench.failures.append(f"{name}: {error}")
+
+
+def bars(rows: list[Row]) -> Iterator[Bar]:
+    """What issue and design promise, as far as it was measured."""
+    for mine in (row for row in rows if row.client == "ours"):
+        others = {row.client: row for row in rows if (row.work, row.target) == (mine.work, mine.target) and row != mine}
+        title = f"{mine.work}, {mine.target}: "
+        s5cmd = others.get("s5cmd")
+        if mine.work.startswith("memory"):
+            yield Bar(title + "peak RSS", mine.peak_rss_mb, "MB", 150)
+        elif mine.work == "download_1gib" and others:
+            best = min(others.values(), key=lambda row: row.median_s)
+            yield Bar(f"{title}to the best, {best.client}", mine.median_s / best.median_s, "x", 1.25, 1.0)
+        elif s5cmd and mine.work == "upload_5000x64k":
+            yield Bar(title + "to s5cmd", mine.median_s / s5cmd.median_s, "x", 1.0, 0.6)
+        elif s5cmd and mine.work == "upload_1gib" and mine.target == "tls-sink":
+            yield Bar(title + "to s5cmd", mine.median_s / s5cmd.median_s, "x", 1.1, 0.75)
+            yield Bar(title + "CPU to s5cmd's", mine.cpu_s_per_gb / s5cmd.cpu_s_per_gb, "x", 1.0, 0.6)
+        elif s5cmd:
+            yield Bar(title + "to s5cmd", mine.median_s / s5cmd.median_s, "x")
+        if not mine.work.startswith("memory"):
+            yield Bar(title + "peak RSS", mine.peak_rss_mb, "MB", 150)
+
+
+def fast_folder() -> Path:
+    """Memory where there is enough, so that no disk is measured; else the temp dir."""
+    memory = Path("/dev/shm")  # noqa: S108 - looked at for its room; what is made there is private
+    if os.access(memory, os.W_OK) and shutil.disk_usage(memory).free >= NEEDED:
+        return memory
+    return Path(tempfile.gettempdir())
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--scenario", choices=SCENARIOS, action="append", help="default: all of them")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--work", choices=WORKS, action="append", help="default: all of them")
+    parser.add_argument("--target", choices=TARGETS, action="append", help="default: all of them")
+    parser.add_argument("--client", choices=CLIENTS, action="append", help="default: all of them")
+    parser.add_argument("--memory", action="store_true", help="also the mover's peak memory, against tls-sink")
+    parser.add_argument("--memory-only", action="store_true", help="nothing but that")
+    parser.add_argument("--folder", type=Path, default=fast_folder(), help="for sources and downloads; default: %(default)s")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as name, lc.start_object_store("bench") as store:
-        folder = Path(name)
-        credentials = folder / "keys"
-        credentials.mkdir()
-        (credentials / "AWS_ACCESS_KEY_ID").write_text(store.access_key)
-        (credentials / "AWS_SECRET_ACCESS_KEY").write_text(store.secret_key)
-        store.client().create_bucket(Bucket="bench")
-        print(
-            f"best of {arguments.rounds} rounds, {os.cpu_count()} cores; a ratio above 1: the engine takes longer than boto3"
-        )
-        for scenario in arguments.scenario or SCENARIOS:
-            print(compare(store, credentials, folder, scenario, arguments.rounds), flush=True)
-    return 0
+    if not BENCH_VENV.exists():
+        parser.error(f"{BENCH_VENV} is missing: `make bench-transfer` makes it")
+    rows: list[Row] = []
+    failures: list[str] = []
+    for more in measurements(arguments, failures):
+        rows += more
+        RESULTS.parent.mkdir(exist_ok=True)
+        RESULTS.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    print(f"\n{os.cpu_count()} cores, {arguments.rounds} rounds, files in {arguments.folder}\n{HEADER}")
+    print("\n".join(row.text() for row in rows) + "\n")
+    print("\n".join(bar.row() for bar in bars(rows)))
+    for failure in failures:
+        print(f"FAILED: {failure}", file=sys.stderr)
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":
     os.environ["AWS_EC2_METADATA_DISABLED"] = "true"
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that targets are stopped and files removed
     sys.exit(main())
