@@ -41,7 +41,8 @@ def GCSStorageBackend(options: TargetOptions) -> ObjectStoreBackend:  # noqa: N8
 def AzureBlobStorageBackend(options: TargetOptions) -> ObjectStoreBackend:  # noqa: N802 - the library's published name
     """Artifacts on Azure Blob Storage. Raises BackendNotInstalled where azure-storage-blob is missing."""
     with _extra(Scheme.AZURE, "azure", "azure-storage-blob"):
-        raise ImportError("azure:// is being written")
+        from checkpoint_operator.storage.azure import open_azure
+    return ObjectStoreBackend(_once_per_bucket(lambda uri: open_azure(uri, options)))
 
 
 def open_backend(scheme: str, options: TargetOptions) -> StorageBackend:
