@@ -15,7 +15,7 @@ import local_cluster as lc
 from checkpoint_operator.api.protocol import TargetOptions
 from checkpoint_operator.api.uris import TargetURI
 from checkpoint_operator.storage.s3 import S3Store, open_s3
-from checkpoint_operator.storage.transfer import DEFAULT_WORKERS
+from checkpoint_operator.storage.transfer import STREAMS
 
 BUCKET = "checkpoints"
 
@@ -23,11 +23,13 @@ BUCKET = "checkpoints"
 @dataclass
 class S3World(ObjectWorld):
     """``hooks`` (botocore event, handler) are registered on every real client that the backend makes; ``calls`` counts
-    what goes over the wire, by operation."""
+    what goes over the wire, by operation. ``before_body`` is called with PutObject or UploadPart before each body, which
+    does not go through that client."""
 
     server: Any = None
     client: Any = None
     hooks: list[tuple[str, Callable[..., Any]]] = field(default_factory=list)
+    before_body: list[Callable[[str], object]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -37,9 +39,19 @@ class S3World(ObjectWorld):
         return (*super().settings(), *(id(handler) for _, handler in self.hooks))
 
     def connect(self, uri: TargetURI) -> S3Store:
-        store = open_s3(uri, self.options, DEFAULT_WORKERS)
+        store = open_s3(uri, self.options, STREAMS)
         for event, handler in self.hooks:
             store._client.meta.events.register(event, handler)
+        send = store._send
+
+        def counted(operation: str, *arguments: Any) -> Any:
+            name = {"put": "PutObject", "put part": "UploadPart"}[operation]
+            for action in self.before_body:
+                action(name)
+            self.count(name)
+            return send(operation, *arguments)
+
+        store._send = counted  # type: ignore[method-assign]
         return store
 
     def _count(self, model: Any, params: dict[str, Any], **_: object) -> None:

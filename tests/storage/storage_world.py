@@ -127,6 +127,7 @@ class World:
         force: bool = False,
         progress: OnProgress | None = None,
         cancelled: threading.Event | None = None,
+        keep_parts: bool = True,
     ) -> Stored:
         return self.backend.upload_artifact(
             UploadRequest(
@@ -140,6 +141,7 @@ class World:
                 force=force,
                 progress=progress,
                 cancelled=cancelled or threading.Event(),
+                keep_parts=keep_parts,
             )
         )
 

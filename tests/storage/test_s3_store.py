@@ -38,7 +38,7 @@ def source(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def big_source(tmp_path: Path) -> Path:
-    """One file of three parts beside a small one."""
+    """One file of five parts beside a small one."""
     return make(tmp_path / "big", {"model.bin": os.urandom(MIB) * 40, "small": b"x"})
 
 
@@ -170,7 +170,7 @@ def test_the_librarys_default_finds_the_store_by_the_environment(
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", object_store.secret_key)
     monkeypatch.setenv("S3_ENDPOINT_URL", object_store.endpoint)
     manager = StorageManager()
-    assert manager.upload(source, str(s3_world.uri())).file_count == 2
+    assert manager.upload(source, str(s3_world.uri())) == str(s3_world.uri())
     monkeypatch.setenv("S3_ENDPOINT_URL", closed_port())
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", object_store.endpoint)
     assert manager.get_metadata(str(s3_world.uri())).size_bytes == 9
@@ -314,11 +314,11 @@ def test_what_is_stored_already_is_not_sent_again(s3_world: S3World, tmp_path: P
     source = make(tmp_path / "source", {f"{number:02}.bin": bytes([number]) * 50 for number in range(12)})
     cancelled = threading.Event()
 
-    def stop_after_two(**_: object) -> None:
+    def stop_after_two(_: str) -> None:
         if s3_world.calls["PutObject"] >= 2:
             cancelled.set()
 
-    s3_world.hooks.append(("after-call.s3.PutObject", stop_after_two))
+    s3_world.before_body.append(stop_after_two)
     with pytest.raises(Cancelled):
         s3_world.upload(source, cancelled=cancelled)
     sent = s3_world.calls["PutObject"]
@@ -336,16 +336,16 @@ def test_a_large_file_that_is_stored_already_is_not_sent_again(s3_world: S3World
         s3_world.upload(big_source, cancelled=cancelled)
     s3_world.hooks.pop()
     s3_world.upload(big_source)
-    assert s3_world.calls["UploadPart"] == 3
+    assert s3_world.calls["UploadPart"] == 5
     file = next(file for file in s3_world.backend.get_manifest(s3_world.uri()).table.files if file.path == "model.bin")
-    assert file.parts == 3
+    assert file.parts == 5
     assert file.sha256 == hashlib.sha256((big_source / "model.bin").read_bytes()).hexdigest()
 
 
 def test_an_upload_that_the_store_forgot_is_begun_again(s3_world: S3World, big_source: Path) -> None:
     aborted: list[str] = []
 
-    def forget(model: Any, params: dict[str, Any], **_: object) -> None:
+    def forget(_: str) -> None:
         if not aborted and s3_world.calls["UploadPart"] == 2:
             for upload in s3_world.client.list_multipart_uploads(Bucket=s3_world.bucket, Prefix=s3_world.prefix)["Uploads"]:
                 aborted.append(upload["UploadId"])
@@ -353,7 +353,7 @@ def test_an_upload_that_the_store_forgot_is_begun_again(s3_world: S3World, big_s
                     Bucket=s3_world.bucket, Key=upload["Key"], UploadId=upload["UploadId"]
                 )
 
-    s3_world.hooks.append(("before-call.s3.UploadPart", forget))
+    s3_world.before_body.append(forget)
     s3_world.upload(big_source)
     assert aborted
     assert tree(s3_world.download()) == tree(big_source)
@@ -375,15 +375,24 @@ def test_a_deletion_aborts_half_sent_files_but_not_those_of_a_nested_artifact(s3
 
 @pytest.mark.usefixtures("sequential")
 @pytest.mark.parametrize("force", [True, False])
-def test_half_sent_files_of_an_earlier_attempt_do_not_stay_for_ever(
+def test_the_parts_of_an_earlier_attempt_are_taken_over_and_nothing_stays(
     s3_world: S3World, big_source: Path, force: bool
 ) -> None:
     with pytest.raises(Cancelled):
-        s3_world.upload(big_source, cancelled=OnLook(2))
+        s3_world.upload(big_source, cancelled=OnLook(5))
+    sent = s3_world.calls["UploadPart"]
+    assert 0 < sent < 5
     s3_world.upload(big_source, force=force)
-    # Without force the earlier mover may be running still.
-    assert s3_world.uploads() == ([] if force else ["run/model.bin"])
-    s3_world.delete()
+    assert s3_world.calls["UploadPart"] == 5
+    assert tree(s3_world.download()) == tree(big_source)
+    assert s3_world.uploads() == []
+
+
+@pytest.mark.usefixtures("sequential")
+def test_whoever_gives_up_for_good_leaves_no_parts(s3_world: S3World, big_source: Path) -> None:
+    with pytest.raises(Cancelled):
+        s3_world.upload(big_source, cancelled=OnLook(5), keep_parts=False)
+    assert s3_world.calls["UploadPart"] > 0
     assert s3_world.uploads() == []
 
 

@@ -20,12 +20,12 @@ from checkpoint_operator.storage.download import download
 from checkpoint_operator.storage.errors import StorageError
 from checkpoint_operator.storage.manifest import FileTable, StoredFile, content_digest
 from checkpoint_operator.storage.marker import Manifest, Marker, Seen
+from checkpoint_operator.storage.meter import Meter
 from checkpoint_operator.storage.source import Listing, SourceTree
-from checkpoint_operator.storage.store import ObjectStore
-from checkpoint_operator.storage.transfer import DEFAULT_WORKERS, Meter, Transfer
+from checkpoint_operator.storage.store import Buffer, ObjectStore, Upload
+from checkpoint_operator.storage.transfer import FILES_AT_ONCE, STREAMS, Transfer
 
 MAX_OBJECT_BYTES = 5 << 40  # what every S3 takes; with 10,000 parts it also bounds a part, and so our memory
-MAX_KEY_BYTES = 1024  # S3's, GCS's and Azure's limit alike
 
 OpenStore = Callable[[TargetURI], ObjectStore]
 Outcome = TypeVar("Outcome")
@@ -106,7 +106,7 @@ class ObjectStoreBackend:
     def download_artifact(self, uri: TargetURI, destination: Path, report: Report | None = None) -> ArtifactMetadata:
         store, manifest = self._open_store(uri), self.get_manifest(uri)
 
-        def fetch(file: StoredFile, start: int, length: int) -> bytes:
+        def fetch(file: StoredFile, start: int, length: int) -> Buffer:
             return store.fetch(f"{uri.path}/{file.path}", file.token, start, length)
 
         download(manifest, fetch, destination, Meter(report))
@@ -260,6 +260,13 @@ class _Source:
             self._tree.__exit__()
 
 
+def _by_key(uploads: Iterable[Upload]) -> dict[str, list[Upload]]:
+    found: dict[str, list[Upload]] = {}
+    for upload in uploads:
+        found.setdefault(upload.key, []).append(upload)
+    return found
+
+
 class _Driver:
     """Answers the requests of :mod:`checkpoint_operator.storage.commit` with a real store and a real source."""
 
@@ -347,16 +354,15 @@ class _Driver:
             if path and path != MARKER_NAME and not path.startswith(PROBE_PREFIX) and not path.startswith(nested)
         }
 
+    def _uploads(self) -> Iterator[Upload]:
+        """Unfinished uploads of this artifact. Those of a nested one are somebody else's, and may be running."""
+        nested = tuple(self._prefix + folder for folder in self._nested)
+        return (upload for upload in self._store.list_uploads(self._prefix) if not upload.key.startswith(nested))
+
     def _abort_uploads(self) -> None:
-        """Those of a nested artifact are somebody else's, and may be running."""
-        nested = tuple(
-            entry.key.removesuffix(MARKER_NAME)
-            for entry in self._store.list(self._prefix)
-            if entry.key.endswith(f"/{MARKER_NAME}") and entry.key != _marker_key(self._place)
-        )
-        for key, upload_id in self._store.list_uploads(self._prefix):
-            if not key.startswith(nested):
-                self._store.abort_upload(key, upload_id)
+        self._entries()  # says what is nested
+        for upload in self._uploads():
+            self._store.abort_upload(upload.key, upload.id)
 
     def _list_objects(self) -> tuple[Found, ...]:
         entries = self._entries()
@@ -371,12 +377,10 @@ class _Driver:
         assert self._source is not None
         listing = self._source.listing
         for file in listing.files:
-            length = len((self._prefix + file.path).encode())
-            if length > MAX_KEY_BYTES:
+            if problem := self._store.refusal(self._prefix + file.path):
                 raise StorageError(
                     Reason.UNSUPPORTED_NAME,
-                    f"the key of '{file.path}' would have {length} bytes, a store allows {MAX_KEY_BYTES}: use a shorter "
-                    "target.uri",
+                    f"the name '{file.path}' {problem}: rename or exclude the file, or use another target.uri",
                     path=file.path,
                 )
             if file.size > MAX_OBJECT_BYTES:
@@ -406,28 +410,37 @@ class _Driver:
     def _transfer(self) -> Transfer:
         assert self._source is not None
         assert self._request is not None
+        request, source = self._request, self._source
         return Transfer(
             self._store,
             self._prefix,
-            self._source.tree,
-            self._source.listing,
+            source.tree,
+            source.listing,
             self._uid,
-            Meter(self._request.report),
-            self._request.cancelled,
-            DEFAULT_WORKERS,
+            Meter(request.progress),
+            request.cancelled,
+            keep_parts=request.keep_parts,
+            files_at_once=FILES_AT_ONCE,
+            streams=STREAMS,
         )
 
     def _put_objects(self) -> commit.Put:
-        # A fresh claim comes right after a listing; a joiner has not looked yet.
-        existing = self._found
-        if existing is None:
-            existing = {path: size for path, (size, _) in self._entries().items()}
-            self._refuse_nested()
-            if self._request and self._request.force:
-                # What a mover that is gone had half sent is sent anew, under uploads of our own.
-                self._abort_uploads()
-        self._found = None
-        return self._transfer().put_all(existing)
+        transfer = self._transfer()
+        if self._found is not None:
+            # A fresh claim comes right after a listing; nothing was begun under it yet.
+            transfer.existing = self._found
+            self._found = None
+            return transfer.put_all()
+        transfer.existing = {path: size for path, (size, _) in self._entries().items()}
+        self._refuse_nested()
+        uploads = list(self._uploads())
+        transfer.unfinished = _by_key(uploads)
+        put = transfer.put_all()
+        if self._request and self._request.force:
+            # Whoever began them is gone, and what was of use in them was taken over.
+            for upload in uploads:
+                self._store.abort_upload(upload.key, upload.id)
+        return put
 
     def _verify(self, table: FileTable) -> tuple[Found, ...]:
         """One listing: every version that a confirmed write (or a compared checksum) named must still be there."""

@@ -369,6 +369,22 @@ class OpenFile:
             length -= len(chunk)
         return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill a buffer with the bytes at ``offset``. Raises as :meth:`read` does."""
+        got = 0
+        while got < len(buffer):
+            try:
+                count = os.preadv(self.descriptor, [buffer[got:]], offset + got)
+            except OSError as error:
+                raise StorageError(
+                    Reason.SOURCE_UNREADABLE,
+                    f"reading '{self.file.path}' failed: {error.strerror}",
+                    path=self.file.path,
+                ) from error
+            if not count:
+                raise self._changed("became shorter")
+            got += count
+
     def check_unchanged(self) -> None:
         """Compare with what the scan saw: before the first and after the last byte.
 

@@ -1,16 +1,17 @@
 """The transfer engine: one pass over the bytes, from the volume into the store, with a known memory bound.
 
-A byte is read once, into a private buffer; SHA-256 of the file, SHA-256 of the part and the socket all use that buffer.
+A byte is read from the volume once, into a private buffer. The one thread that reads a file also hashes it, because
+SHA-256 of a whole file can only go forward; the buffer is then handed to one of several senders, which computes the store's
+own checksum and gives both to the store. So a large file is hashed and sent at the same time, over several connections.
 
-Memory: ``workers * part_size`` for the buffers, with ``part_size = max(16 MiB, size / 10,000)`` of the largest file, and
-as many workers (at most four) as stay below 256 MiB: 64 MiB with files up to 160 GB, 525 MiB at the largest file that a
-store takes (5 TiB), which has the mover for itself.
+Memory: :data:`BUFFER_BUDGET` for bodies (48 MiB), or one part where a part is larger: parts have 8 MiB, and a ten
+thousandth of the file where that is more (so from a file of 480 GB on one part is in flight at a time, and the largest file
+that S3 takes, 5 TiB, needs 525 MiB). On top of it about one KiB for each file of the artifact, for its line in the manifest.
 """
 
 import hashlib
 import threading
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -18,65 +19,38 @@ from fnmatch import fnmatch
 from typing import TypeVar
 
 from checkpoint_operator.api.errors import Reason
-from checkpoint_operator.api.protocol import Progress, Stage
+from checkpoint_operator.api.protocol import Stage
+from checkpoint_operator.storage.buffers import Buffers
 from checkpoint_operator.storage.commit import Found, Put
 from checkpoint_operator.storage.errors import Cancelled, StorageError
 from checkpoint_operator.storage.manifest import FileTable, StoredFile
+from checkpoint_operator.storage.meter import Meter
 from checkpoint_operator.storage.source import Listing, OpenFile, SourceFile, SourceTree
-from checkpoint_operator.storage.store import ObjectStore, Stat, UploadLost, Written
+from checkpoint_operator.storage.store import ObjectStore, Part, Piece, Stat, Upload, UploadLost, Written
 
-DEFAULT_WORKERS = 4
+FILES_AT_ONCE = 8
+"""Files that are read at the same time; small ones are sent by the thread that read them."""
+STREAMS = 8
+"""Requests with a body that are under way at the same time."""
+BUFFER_BUDGET = 48 << 20
+_HASHED_AT_ONCE = 1 << 20
+"""Read and hash in bites that stay in the CPU's cache."""
+_TRIES = 3
 
 Outcome = TypeVar("Outcome")
-
-BUFFER_BUDGET = 256 << 20
-"""Bytes that the buffers of all workers may hold together, as long as one worker alone does not exceed it."""
 
 # What a loader opens first. It comes last, so that a loader that meets half a folder fails instead of loading half.
 _LAST = ("config.json", "adapter_config.json", "model_index.json", "*.index.json")
 
 
 @dataclass
-class Meter:
-    """Counts what is settled, from any thread, and reports at most once a second (and at the end of each stage)."""
-
-    report: Callable[[Progress], None] | None = None
-    clock: Callable[[], float] = time.monotonic
-    _lock: threading.Lock = field(default_factory=threading.Lock)
-    _state: Progress = field(default_factory=Progress)
-    _started: float = 0.0
-    _reported: float = float("-inf")
-
-    def start(self, stage: Stage, files: int, size: int) -> None:
-        with self._lock:
-            self._started = self.clock()
-            self._state = Progress(stage=stage, files_total=files, bytes_total=size)
-            self._report(force=True)
-
-    def add(self, size: int, files: int = 0) -> None:
-        with self._lock:
-            seconds = max(self.clock() - self._started, 1e-3)
-            done = self._state.bytes_done + size
-            self._state = self._state.replace(
-                bytes_done=done, files_done=self._state.files_done + files, bytes_per_second=int(done / seconds)
-            )
-            self._report(force=False)
-
-    def stage(self, stage: Stage) -> None:
-        with self._lock:
-            self._state = self._state.replace(stage=stage)
-            self._report(force=True)
-
-    def _report(self, *, force: bool) -> None:
-        now = self.clock()
-        if self.report and (force or now - self._reported >= 1.0):
-            self._reported = now
-            self.report(self._state)
-
-
-@dataclass
 class Transfer:
-    """Puts one scanned source below one prefix of a store."""
+    """Puts one scanned source below one prefix of a store.
+
+    ``existing`` maps paths that were seen in the store to their sizes: what has the same size is hashed and compared, not
+    sent again. ``unfinished`` maps keys to uploads that an earlier attempt has begun: their parts are taken over.
+    ``keep_parts`` says whether a file that could not be finished leaves its parts for the next attempt.
+    """
 
     store: ObjectStore
     prefix: str
@@ -85,34 +59,35 @@ class Transfer:
     owner: str
     meter: Meter
     cancelled: threading.Event
-    workers: int = DEFAULT_WORKERS
+    existing: Mapping[str, int] = field(default_factory=dict)
+    unfinished: Mapping[str, Sequence[Upload]] = field(default_factory=dict)
+    keep_parts: bool = True
+    files_at_once: int = FILES_AT_ONCE
+    streams: int = STREAMS
     _stop: threading.Event = field(default_factory=threading.Event)
+    _senders: ThreadPoolExecutor = field(init=False)
+    _buffers: Buffers = field(default_factory=lambda: Buffers(BUFFER_BUDGET))
 
-    def put_all(self, existing: dict[str, int]) -> Put:
-        """Create every object that is not there. ``existing`` maps paths that were seen in the store to their sizes.
-
-        What the store has with the same size is hashed and compared, not sent again.
+    def put_all(self) -> Put:
+        """Create every object that is not there.
 
         Raises:
             StorageError: of the first file that failed; the others stop at their next part.
             Cancelled: when the event was set.
         """
         self.meter.start(Stage.UPLOADING, len(self.listing.files), self.listing.size)
-        stored: list[StoredFile] = []
-        mismatched: list[Found] = []
-        for wave in _waves(self.listing.files):
-            for outcome in self._parallel(lambda file: self._settle(file, existing.get(file.path)), wave):
-                if isinstance(outcome, Found):
-                    mismatched.append(outcome)
-                else:
-                    stored.append(outcome)
+        settled: list[StoredFile | Found] = []
+        with ThreadPoolExecutor(self.streams, thread_name_prefix="send") as self._senders:
+            for wave in _waves(self.listing.files):
+                settled += self._parallel(self._settle, wave)
         self.meter.stage(Stage.VERIFYING)
-        return Put(self._table(stored), tuple(mismatched))
+        mismatched = tuple(one for one in settled if isinstance(one, Found))
+        return Put(self._table(one for one in settled if isinstance(one, StoredFile)), mismatched)
 
     def hash_all(self) -> FileTable:
         """Read the whole source without storing it, to compare it with what another artifact has stored."""
         self.meter.start(Stage.VERIFYING, len(self.listing.files), self.listing.size)
-        return self._table(list(self._parallel(self._hash_only, self.listing.files)))
+        return self._table(self._parallel(self._hash_only, self.listing.files))
 
     def _table(self, files: Iterable[StoredFile]) -> FileTable:
         return FileTable(
@@ -121,153 +96,246 @@ class Transfer:
             empty_directories=list(self.listing.empty_directories),
         )
 
-    def _parallel(self, work: Callable[[SourceFile], Outcome], files: Iterable[SourceFile]) -> Iterator[Outcome]:
-        """The outcomes in the order of the files; the first failure stops the others at their next part."""
-        self._stop = threading.Event()
-        largest = max((file.size for file in self.listing.files), default=0)
-        workers = max(1, min(self.workers, BUFFER_BUDGET // self.store.part_size(largest)))
-        with ThreadPoolExecutor(workers, thread_name_prefix="transfer") as pool:
-            futures = [pool.submit(work, file) for file in files]
-            pending: set[Future[Outcome]] = set(futures)
+    def _parallel(self, work: Callable[[SourceFile], Outcome], files: Sequence[SourceFile]) -> list[Outcome]:
+        """The outcomes in any order; the first failure stops the others at their next part."""
+        self._stop.clear()
+        outcomes: list[Outcome] = []
+        waiting = iter(files)
+        turn = threading.Lock()
+
+        def run() -> None:
+            while not self._stop.is_set():
+                with turn:
+                    file = next(waiting, None)
+                if file is None:
+                    return
+                outcomes.append(work(file))
+
+        workers = min(self.files_at_once, len(files))
+        if workers == 0:
+            return outcomes
+        with ThreadPoolExecutor(workers, thread_name_prefix="read") as pool:
+            futures = [pool.submit(run) for _ in range(workers)]
             try:
-                _, pending = wait(futures, return_when=FIRST_EXCEPTION)
+                wait(futures, return_when=FIRST_EXCEPTION)
             finally:  # a KeyboardInterrupt in a notebook as well: the pool would send everything before it lets us go
-                if pending:
+                if not all(future.done() and not future.exception() for future in futures):
                     self._stop.set()
-                    for future in pending:
-                        future.cancel()
-        failed = [error for future in futures if not future.cancelled() and (error := future.exception())]
-        if failed:
-            # A file that was stopped because of another one is not the cause.
-            raise next((error for error in failed if not isinstance(error, Cancelled)), failed[0])
-        return (future.result() for future in futures)
+        _raise_first(futures)
+        return outcomes
 
     def _check_cancelled(self) -> None:
         if self.cancelled.is_set() or self._stop.is_set():
             raise Cancelled
 
-    def _settle(self, file: SourceFile, existing_size: int | None) -> StoredFile | Found:
+    def _settle(self, file: SourceFile) -> StoredFile | Found:
         """Bring one file into the store, or say what else is there."""
         key = self.prefix + file.path
         with self.tree.open(file) as source:
-            if existing_size is not None and (stat := self.store.stat(key)) is not None:
-                return self._compare(source, key, stat, None)
-            for _ in range(3):
-                try:
-                    written, pieces = self._send(source, key)
-                except UploadLost:
-                    written, pieces = None, None
-                if written is not None and pieces is not None:
-                    return self._confirmed(key, file, pieces, written)
+            if file.path in self.existing and (stat := self.store.stat(key)) is not None:
+                return self._compare(source, stat, None)
+            for _ in range(_TRIES):
+                sending = _Sending(self, source, key)
+                with suppress(UploadLost):
+                    written = sending.send_whole() if file.size <= sending.part_size else sending.send_parts()
+                    if written is not None:
+                        return self._confirmed(sending, written)
                 stat = self.store.stat(key)
                 if stat is not None:
-                    return self._compare(source, key, stat, pieces)
-            raise StorageError(Reason.STORE_UNAVAILABLE, f"the store gave up three uploads of '{file.path}'", path=file.path)
+                    return self._compare(source, stat, sending.cut if sending.is_read else None)
+            raise StorageError(
+                Reason.STORE_UNAVAILABLE, f"the store gave up {_TRIES} uploads of '{file.path}'", path=file.path
+            )
 
-    def _send(self, source: OpenFile, key: str) -> tuple[Written | None, "Pieces"]:
-        """Create the object; None where the key exists by now."""
-        size, part_size = source.file.size, self.store.part_size(source.file.size)
-        pieces = Pieces(size, part_size)
-        if size <= part_size:
-            self._check_cancelled()
-            body = source.read(0, size)
-            pieces.add(body)
-            source.check_unchanged()
-            written = self.store.put(key, body, pieces.digests[0], self.owner)
-            if written is not None:
-                self.meter.add(size, files=1)
-            return written, pieces
-        upload_id = self.store.start_upload(key, self.owner)
-        sent = 0
-        try:
-            tokens: list[str] = []
-            for offset in range(0, size, part_size):
-                self._check_cancelled()
-                body = source.read(offset, min(part_size, size - offset))
-                pieces.add(body)
-                tokens.append(self.store.put_part(key, upload_id, len(tokens) + 1, body, pieces.digests[-1]))
-                sent += len(body)
-                self.meter.add(len(body))
-            source.check_unchanged()
-            written = self.store.finish_upload(key, upload_id, tokens, pieces.digests)
-        except Cancelled:
-            raise  # SIGTERM leaves parts: whoever goes on owns every upload below the prefix
-        except BaseException:
-            self.meter.add(-sent)
-            with suppress(StorageError):
-                self.store.abort_upload(key, upload_id)
-            raise
-        if written is None:
-            self.meter.add(-sent)
-            self.store.abort_upload(key, upload_id)
-        else:
-            self.meter.add(0, files=1)
-        return written, pieces
-
-    def _confirmed(self, key: str, file: SourceFile, pieces: "Pieces", written: Written) -> StoredFile:
+    def _confirmed(self, sending: "_Sending", written: Written) -> StoredFile | Found:
         """A write counts when the store names the checksum that we computed; where the reply has none it is asked."""
-        expected = self.store.checksum(pieces.digests)
-        said = written.checksum
-        if said is None:
+        file, key = sending.source.file, sending.key
+        expected, said = self.store.checksum(sending.cut.pieces), written.checksum
+        if said is None or sending.adopted:
             stat = self.store.stat(key)
             said = stat.checksum if stat and stat.token == written.token else None
+            if stat and sending.adopted and stat.owner != self.owner:
+                # Somebody else had begun the upload that we found: not a thing that our deletion would remove.
+                return Found(file.path, stat.size, stat.token, stat.owner)
         if said != expected:
             raise StorageError(
                 Reason.INTEGRITY_MISMATCH,
                 f"the store says that '{file.path}' has the checksum {said}, it was sent with {expected}",
                 path=file.path,
             )
-        return pieces.stored(file, written.token)
+        self.meter.add(0, files=1)
+        return sending.cut.stored(file, written.token)
 
-    def _compare(self, source: OpenFile, key: str, stat: Stat, pieces: "Pieces | None") -> StoredFile | Found:
+    def _compare(self, source: OpenFile, stat: Stat, cut: "Cut | None") -> StoredFile | Found:
         """Whether an object that is there already is this file."""
         file = source.file
         found = Found(file.path, stat.size, stat.token, stat.owner)
         if stat.size != file.size:
             return found
-        pieces = pieces or self._hash(source)
-        if stat.checksum != self.store.checksum(pieces.digests):
+        cut = cut or self._hash(source)
+        if stat.checksum != self.store.checksum(cut.pieces):
             return found
         self.meter.add(file.size, files=1)
-        return pieces.stored(file, stat.token)
+        return cut.stored(file, stat.token)
 
-    def _hash(self, source: OpenFile) -> "Pieces":
-        size = source.file.size
-        pieces = Pieces(size, self.store.part_size(size))
-        for offset in range(0, max(size, 1), pieces.part_size):
+    def _hash(self, source: OpenFile) -> "Cut":
+        cut = Cut(source.file.size, self.store.part_size(source.file.size))
+        for offset, length in cut.ranges:
             self._check_cancelled()
-            pieces.add(source.read(offset, min(pieces.part_size, size - offset)))
+            with self._buffers.lent(length) as body:
+                cut.read(source, offset, body)
+                cut.pieces.append(Piece(length, self.store.digest(body)))
         source.check_unchanged()
-        return pieces
+        return cut
 
     def _hash_only(self, file: SourceFile) -> StoredFile:
         with self.tree.open(file) as source:
-            pieces = self._hash(source)
+            cut = self._hash(source)
         self.meter.add(file.size, files=1)
-        return pieces.stored(file, None)
+        return cut.stored(file, None)
 
 
-class Pieces:
-    """The hashes of a file and of the parts that it is cut into."""
+class _Sending:
+    """One attempt to create the object of one file."""
+
+    def __init__(self, transfer: Transfer, source: OpenFile, key: str) -> None:
+        self.source, self.key = source, key
+        self.part_size = transfer.store.part_size(source.file.size)
+        self.cut = Cut(source.file.size, self.part_size)
+        self.adopted = False
+        self.is_read = False
+        self._transfer, self._store, self._buffers = transfer, transfer.store, transfer._buffers
+        self._broken = threading.Event()
+
+    def send_whole(self) -> Written | None:
+        """A small file in one request, by the thread that read it; None where the key exists by now."""
+        transfer, size = self._transfer, self.source.file.size
+        transfer._check_cancelled()
+        with self._buffers.lent(size) as body:
+            self.cut.read(self.source, 0, body)
+            digest = self._store.digest(body)
+            self.cut.pieces.append(Piece(size, digest))
+            self._finish_reading()
+            written = self._store.put(self.key, body, digest, transfer.owner)
+        if written is not None:
+            transfer.meter.add(size)
+        return written
+
+    def send_parts(self) -> Written | None:
+        """A large file: this thread reads and hashes, the senders send. None where the key exists by now."""
+        upload_id, there = self._find_upload()
+        self.adopted = upload_id is not None
+        upload_id = upload_id or self._store.start_upload(self.key, self._transfer.owner)
+        sending: list[Future[Part]] = []
+        try:
+            for number, (offset, length) in enumerate(self.cut.ranges, 1):
+                self._check()
+                body = self._buffers.take(length)
+                try:
+                    self.cut.read(self.source, offset, body)
+                except BaseException:
+                    self._buffers.give(body)
+                    raise
+                sending.append(self._transfer._senders.submit(self._send_part, upload_id, number, body, there.get(number)))
+            wait(sending, return_when=FIRST_EXCEPTION)
+            _raise_first(sending)
+            parts = [future.result() for future in sending]
+            self.cut.pieces += [Piece(part.size, part.digest or b"") for part in parts]
+            self._finish_reading()
+            written = self._store.finish_upload(self.key, upload_id, parts, self._transfer.owner)
+        except BaseException as error:
+            self._broken.set()
+            self._give_up(upload_id, sending, error)
+            raise
+        if written is None:
+            self._give_up(upload_id, sending, None)
+        return written
+
+    def _find_upload(self) -> tuple[str | None, dict[int, Part]]:
+        """What an earlier attempt has sent of this file already; of several uploads the one that is furthest."""
+        best: tuple[str | None, dict[int, Part]] = (None, {})
+        for upload in self._transfer.unfinished.get(self.key, ()):
+            there = {part.number: part for part in self._store.list_parts(self.key, upload.id)}
+            if len(there) > len(best[1]):
+                best = (upload.id, there)
+        return best
+
+    def _send_part(self, upload_id: str, number: int, body: memoryview, there: Part | None) -> Part:
+        try:
+            self._check()
+            digest = self._store.digest(body)
+            if there is not None and self._store.is_part(there, body, digest):
+                token = there.token
+            else:
+                token = self._store.put_part(self.key, upload_id, number, body, digest)
+            self._transfer.meter.add(len(body))
+            return Part(number, len(body), token, digest)
+        except BaseException:
+            self._broken.set()
+            raise
+        finally:
+            self._buffers.give(body)
+
+    def _check(self) -> None:
+        self._transfer._check_cancelled()
+        if self._broken.is_set():
+            raise Cancelled
+
+    def _finish_reading(self) -> None:
+        self.source.check_unchanged()
+        self.is_read = True
+
+    def _give_up(self, upload_id: str, sending: Sequence[Future[Part]], error: BaseException | None) -> None:
+        """Wait for what is on its way, and take back what was counted. The parts stay where another attempt can use them."""
+        wait(sending)
+        done = [future.result().size for future in sending if not future.exception()]
+        self._transfer.meter.add(-sum(done))
+        is_useful = error is not None and not isinstance(error, UploadLost) and _may_go_on(error)
+        if not is_useful or (not self._transfer.keep_parts and not self.adopted):
+            with suppress(StorageError):
+                self._store.abort_upload(self.key, upload_id)
+
+
+def _may_go_on(error: BaseException) -> bool:
+    """Whether an attempt after this error could use the same parts."""
+    return not isinstance(error, StorageError) or (error.retryable and error.reason is not Reason.SOURCE_CHANGED)
+
+
+def _raise_first(futures: Iterable[Future[Outcome]]) -> None:
+    """Raise what went wrong; who was stopped because of another one is not the cause."""
+    failed = [error for future in futures if future.done() and (error := future.exception())]
+    if failed:
+        raise next((error for error in failed if not isinstance(error, Cancelled)), failed[0])
+
+
+class Cut:
+    """How a file is cut into pieces, and the hashes of the whole and of each."""
 
     def __init__(self, size: int, part_size: int) -> None:
         self.size, self.part_size = size, part_size
-        self.digests: list[bytes] = []
+        self.pieces: list[Piece] = []
         self._whole = hashlib.sha256()
 
-    def add(self, body: bytes) -> None:
-        self._whole.update(body)
-        # A file in one piece is hashed once.
-        single = self.size <= self.part_size
-        self.digests.append(self._whole.digest() if single else hashlib.sha256(body).digest())
+    @property
+    def ranges(self) -> Iterable[tuple[int, int]]:
+        """(offset, length) of each piece; an empty file has one, of length 0."""
+        for offset in range(0, max(self.size, 1), self.part_size):
+            yield offset, min(self.part_size, self.size - offset)
+
+    def read(self, source: OpenFile, offset: int, body: memoryview) -> None:
+        """Fill a buffer from the file, and hash it on the way; in order, from the first piece to the last."""
+        for start in range(0, len(body), _HASHED_AT_ONCE):
+            bite = body[start : start + _HASHED_AT_ONCE]
+            source.read_into(offset + start, bite)
+            self._whole.update(bite)
 
     def stored(self, file: SourceFile, token: str | None) -> StoredFile:
         return StoredFile(
             path=file.path,
             size=file.size,
             sha256=self._whole.hexdigest(),
-            parts=len(self.digests),
-            part_size=self.part_size if len(self.digests) > 1 else None,
+            parts=len(self.pieces),
+            part_size=self.part_size if len(self.pieces) > 1 else None,
             etag=token,
             mode=file.mode,
             mtime_ns=file.mtime_ns,

@@ -1,0 +1,52 @@
+"""Private memory for bodies, within a budget that holds for a whole transfer, however many threads it has."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_REUSED = 1 << 20
+"""Larger buffers are kept for the next body: fresh memory costs the kernel a page fault for every 4 KiB."""
+
+
+class Buffers:
+    """Lends buffers that hold at most ``budget`` bytes together; whoever asks for more than is left waits.
+
+    A single buffer may exceed the budget: then it is the only one. Nobody may ask for a second one while holding one.
+    """
+
+    def __init__(self, budget: int) -> None:
+        self._budget = budget
+        self._lent = 0
+        self._kept: list[bytearray] = []
+        self._changed = threading.Condition()
+
+    def take(self, size: int) -> memoryview:
+        """A buffer of exactly this size, with anything in it; waits until the budget allows it."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._lent or self._lent + size <= self._budget)
+            self._lent += size
+            fitting = next((kept for kept in self._kept if size <= len(kept) < 2 * size), None)
+            if fitting is not None:
+                self._kept.remove(fitting)
+            else:
+                while self._kept and self._lent + sum(map(len, self._kept)) > self._budget:
+                    self._kept.pop()
+        return memoryview(fitting if fitting is not None else bytearray(size))[:size]
+
+    def give(self, buffer: memoryview) -> None:
+        """Hand a buffer back; nobody may look at it any more."""
+        whole = buffer.obj
+        with self._changed:
+            self._lent -= len(buffer)
+            if isinstance(whole, bytearray) and len(whole) >= _REUSED:
+                self._kept.append(whole)
+            self._changed.notify_all()
+
+    @contextmanager
+    def lent(self, size: int) -> Iterator[memoryview]:
+        """A buffer for the time of a block."""
+        buffer = self.take(size)
+        try:
+            yield buffer
+        finally:
+            self.give(buffer)

@@ -1,0 +1,246 @@
+"""The bodies of data objects on their way to and from S3: what the product is for, so the one place with own wire code.
+
+Everything else that is said to S3 goes through botocore's client. A part through that client costs a copy of the body and a
+millisecond of Python; here it is one ``send`` loop over a buffer that nobody copies. Signing is botocore's, HTTP is the
+standard library's, the policy of retries is urllib3's.
+
+Each request has a deadline without progress (:data:`STALL_SECONDS`): a connection on which nothing moves for so long is
+dropped and the request made again on another. 503 SlowDown halves how many requests are under way at once.
+"""
+
+import hashlib
+import http.client
+import ssl
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
+from urllib.parse import quote, unquote, urlsplit
+from urllib.request import getproxies, proxy_bypass
+
+from botocore.auth import EMPTY_SHA256_HASH, UNSIGNED_PAYLOAD, S3SigV4Auth
+from botocore.awsrequest import AWSRequest
+from urllib3.exceptions import MaxRetryError
+from urllib3.util import Retry, make_headers
+
+from checkpoint_operator.storage.store import Buffer
+
+if TYPE_CHECKING:
+    from botocore.credentials import Credentials
+
+CONNECT_SECONDS = 10.0
+STALL_SECONDS = 30.0
+ATTEMPTS = 6
+_SLICE = 1 << 20
+"""Bytes that are given to the socket at once: a timeout counts for one of them, not for the whole body."""
+_AGAIN = frozenset({408, 429, 500, 502, 503, 504})
+_SLOW = frozenset({429, 503})
+
+
+class WireError(Exception):
+    """No answer after all attempts; the message says what happened to the last one."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A response whose body was read: ``body`` is the bytes of a range, or the XML of an error."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: Buffer
+
+
+class Gate:
+    """How many requests may be under way at once: halved when the store says SlowDown, one more after each calm round."""
+
+    def __init__(self, limit: int) -> None:
+        self._most = self._limit = limit
+        self._running = self._calm = 0
+        self._changed = threading.Condition()
+
+    @property
+    def limit(self) -> int:
+        return self._limit
+
+    @contextmanager
+    def passed(self) -> Iterator[None]:
+        with self._changed:
+            self._changed.wait_for(lambda: self._running < self._limit)
+            self._running += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._running -= 1
+                self._changed.notify()
+
+    def slow_down(self) -> None:
+        with self._changed:
+            self._limit, self._calm = max(1, self._limit // 2), 0
+
+    def went_well(self) -> None:
+        if self._limit == self._most:
+            return
+        with self._changed:
+            self._calm += 1
+            if self._calm >= 4 * self._limit:
+                self._limit, self._calm = min(self._most, self._limit + 1), 0
+                self._changed.notify()
+
+
+class Wire:
+    """Signed PUTs and ranged GETs below one bucket's URL; from as many threads as the gate lets through.
+
+    ``base_url`` is the bucket's URL as botocore makes it (path or virtual style). ``credentials`` are botocore's, which
+    renew themselves where their source can. ``tls`` verifies; it is None for plain HTTP.
+    """
+
+    def __init__(
+        self, base_url: str, credentials: "Credentials", region: str, tls: ssl.SSLContext | None, *, limit: int
+    ) -> None:
+        self._base = base_url.rstrip("/")
+        url = urlsplit(self._base)
+        self._connect = _Connector(url.scheme, url.hostname or "", url.port, tls)
+        self._signer = _Signer(credentials, "s3", region)
+        self._has_tls = tls is not None
+        self._idle: deque[http.client.HTTPConnection] = deque()
+        self.gate = Gate(limit)
+        # As urllib3's pools do: whoever lets go of the wire need not close it.
+        weakref.finalize(self, _close_all, self._idle)
+
+    def put(self, key: str, query: str, headers: Mapping[str, str], body: Buffer) -> Answer:
+        """PUT one body. Raises :class:`WireError`."""
+        # On TLS the body is protected twice already, by the connection and by its checksum; so botocore has it as well.
+        payload = UNSIGNED_PAYLOAD if self._has_tls else hashlib.sha256(body).hexdigest()
+        return self._request("PUT", key, query, {**headers, "Content-Length": str(len(body))}, payload, body, 0)
+
+    def get(self, key: str, headers: Mapping[str, str], length: int) -> Answer:
+        """GET ``length`` bytes of an object. Raises :class:`WireError`, also where the body ends early or is longer."""
+        return self._request("GET", key, "", headers, EMPTY_SHA256_HASH, b"", length)
+
+    def _request(
+        self, method: str, key: str, query: str, headers: Mapping[str, str], payload: str, body: Buffer, length: int
+    ) -> Answer:
+        url = f"{self._base}/{quote(key, safe='/-_.~')}{query}"
+        retry = Retry(total=ATTEMPTS - 1, backoff_factor=0.25, backoff_jitter=0.5, backoff_max=20)
+        while True:
+            answer, failed = None, Exception()
+            try:
+                with self.gate.passed():
+                    answer = self._once(method, url, headers, payload, body, length)
+            except (OSError, http.client.HTTPException) as error:
+                failed = error
+            if answer is not None:
+                if answer.status not in _AGAIN:
+                    self.gate.went_well()
+                    return answer
+                if answer.status in _SLOW:
+                    self.gate.slow_down()
+            try:
+                retry = retry.increment(method, url, error=failed)
+            except MaxRetryError:
+                if answer is not None:
+                    return answer  # the store's own words say more than we could
+                raise WireError(f"{type(failed).__name__}: {failed}, {ATTEMPTS} times") from failed
+            time.sleep(retry.get_backoff_time())
+
+    def _once(self, method: str, url: str, headers: Mapping[str, str], payload: str, body: Buffer, length: int) -> Answer:
+        request = AWSRequest(method, url, headers=dict(headers))
+        request.context["payload"] = payload
+        self._signer.add_auth(request)
+        connection = self._idle.pop() if self._idle else self._connect.open()
+        try:
+            connection.putrequest(method, self._connect.target(url), skip_accept_encoding=True)
+            for name, value in request.headers.items():
+                connection.putheader(name, value)
+            try:
+                connection.endheaders()
+                _send(connection, body)
+            except (BrokenPipeError, ConnectionResetError):
+                # A store that refuses early closes while we still send; what it said is in the socket's buffer.
+                if body == b"":
+                    raise
+            response = connection.getresponse()
+            content = _read(response, max(length, _SLICE))
+        except BaseException:
+            connection.close()
+            raise
+        if response.will_close:
+            connection.close()
+        else:
+            self._idle.append(connection)
+        return Answer(response.status, cast(Mapping[str, str], response.headers), content)
+
+
+class _Signer(S3SigV4Auth):
+    """botocore's signature, over a payload hash that the caller has decided on."""
+
+    def payload(self, request: AWSRequest) -> str:
+        return str(request.context["payload"])
+
+
+class _Connector:
+    """Opens connections to one host, through the proxy of the environment where there is one."""
+
+    def __init__(self, scheme: str, host: str, port: int | None, tls: ssl.SSLContext | None) -> None:
+        self._host, self._port, self._tls = host, port or (443 if scheme == "https" else 80), tls
+        proxy = None if proxy_bypass(host) else getproxies().get(scheme)
+        self._proxy = urlsplit(proxy if "://" in proxy else f"http://{proxy}") if proxy else None
+        self._proxy_headers: dict[str, str] = {}
+        if self._proxy and self._proxy.username:
+            self._proxy_headers = make_headers(
+                proxy_basic_auth=f"{unquote(self._proxy.username)}:{unquote(self._proxy.password or '')}"
+            )
+
+    def target(self, url: str) -> str:
+        """What stands in the request line."""
+        if self._proxy and not self._tls:
+            return url
+        return "/" + url.split("/", 3)[3]
+
+    def open(self) -> http.client.HTTPConnection:
+        host, port = (self._proxy.hostname or "", self._proxy.port or 80) if self._proxy else (self._host, self._port)
+        connection: http.client.HTTPConnection
+        if self._tls:
+            connection = http.client.HTTPSConnection(host, port, timeout=CONNECT_SECONDS, context=self._tls)
+            if self._proxy:
+                connection.set_tunnel(self._host, self._port, self._proxy_headers)
+        else:
+            connection = http.client.HTTPConnection(host, port, timeout=CONNECT_SECONDS)
+        connection.connect()
+        connection.sock.settimeout(STALL_SECONDS)
+        return connection
+
+
+def _close_all(idle: deque[http.client.HTTPConnection]) -> None:
+    while idle:
+        idle.pop().close()
+
+
+def _send(connection: http.client.HTTPConnection, body: Buffer) -> None:
+    """Not ``sendall``: on a plain socket its timeout is for the whole body, however fast it goes."""
+    view, sock = memoryview(body), connection.sock
+    sent, size = 0, len(view)
+    while sent < size:
+        sent += sock.send(view[sent : sent + _SLICE])
+
+
+def _read(response: http.client.HTTPResponse, most: int) -> Buffer:
+    """The body, into one buffer of its announced length; the other side does not decide how much memory we take."""
+    if response.length is None:
+        return response.read(most)
+    if response.length > most:
+        raise http.client.HTTPException(f"an answer of {response.length} bytes where {most} are enough")
+    buffer = bytearray(response.length)
+    view, got = memoryview(buffer), 0
+    while got < len(view):
+        count = response.readinto(view[got:])
+        if not count:
+            raise http.client.IncompleteRead(b"", len(view) - got)
+        got += count
+    response.close()
+    return buffer
