@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 
 from azure.core import MatchConditions
 from azure.core.exceptions import AzureError
-from azure.core.pipeline.transport import HttpTransport
 from azure.storage.blob import (
     BlobBlock,
     BlobClient,
@@ -333,10 +332,10 @@ def _content_md5(digest: bytes) -> dict[str, str]:
     return {"Content-MD5": base64.b64encode(digest).decode()}
 
 
-def open_azure(uri: TargetURI, options: TargetOptions, *, transport: HttpTransport[Any, Any] | None = None) -> AzureStore:
-    """Connect to the container of a URI. Nothing is sent yet. ``transport`` is the SDK's; None for its own.
+def open_azure(uri: TargetURI, options: TargetOptions) -> AzureStore:
+    """Connect to the container of a URI. Nothing is sent yet.
 
     Raises:
         StorageError: CredentialsMissing and InvalidSpec, before any request; BackendNotInstalled.
     """
-    return AzureStore(connect(uri, options, transport), access_tier(options))
+    return AzureStore(connect(uri, options), access_tier(options))

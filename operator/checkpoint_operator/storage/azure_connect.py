@@ -3,10 +3,8 @@
 import logging
 import os
 import re
-from typing import Any
 
 from azure.core.credentials import AzureSasCredential, TokenCredential
-from azure.core.pipeline.transport import HttpTransport
 from azure.storage.blob import ContainerClient, ExponentialRetry, StandardBlobTier
 
 from checkpoint_operator.api.errors import Reason
@@ -19,10 +17,8 @@ from checkpoint_operator.storage.errors import StorageError
 _MIB = 1 << 20
 
 
-def connect(uri: TargetURI, options: TargetOptions, transport: HttpTransport[Any, Any] | None) -> ContainerClient:
+def connect(uri: TargetURI, options: TargetOptions) -> ContainerClient:
     """The client for the container of a URI. Nothing is sent yet.
-
-    ``transport`` is the SDK's; None for its own.
 
     Raises:
         StorageError: CredentialsMissing and InvalidSpec, before any request.
@@ -35,7 +31,6 @@ def connect(uri: TargetURI, options: TargetOptions, transport: HttpTransport[Any
             access.endpoint,
             uri.bucket,
             credential=_credential(access),
-            transport=transport,
             retry_policy=ExponentialRetry(initial_backoff=1, increment_base=2, retry_total=3, random_jitter_range=1),
             connection_timeout=20,
             read_timeout=60,
