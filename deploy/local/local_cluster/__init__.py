@@ -2,6 +2,7 @@
 
 from .azurite import Azurite, ensure_azurite, start_azurite
 from .errors import LocalClusterError
+from .gcs import GCSEmulator, start_fake_gcs, start_gcp_storage_emulator
 from .providers import Cluster, start
 from .seaweedfs import Identity, ObjectStore, start_object_store
 from .versitygw import TLSFiles, VersityGW, start_versitygw
@@ -9,6 +10,7 @@ from .versitygw import TLSFiles, VersityGW, start_versitygw
 __all__ = [
     "Azurite",
     "Cluster",
+    "GCSEmulator",
     "Identity",
     "LocalClusterError",
     "ObjectStore",
@@ -17,6 +19,8 @@ __all__ = [
     "ensure_azurite",
     "start",
     "start_azurite",
+    "start_fake_gcs",
+    "start_gcp_storage_emulator",
     "start_object_store",
     "start_versitygw",
 ]

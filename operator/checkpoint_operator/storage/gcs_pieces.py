@@ -1,0 +1,82 @@
+"""How the pieces of an unfinished object are called: Google has no multipart uploads, so they are objects themselves.
+
+A piece of ``runs/a/model.bin`` is ``runs/a/.partial-<id>/00001``, and what 32 of them were composed into
+``runs/a/.partial-<id>/c1-00001``: below the artifact's own prefix, so that whoever holds the claim finds them. Their
+metadata says whose they are and of which file. Only an object with this very name *and* that metadata is a piece: it is
+never listed as data, and anything else of a similar name is data like all other.
+"""
+
+import re
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from urllib.parse import quote, unquote
+
+OWNER = "artifact-uid"
+"""User metadata by which a deletion knows its own objects, data and pieces alike."""
+PIECE_OF = "piece-of"
+"""User metadata of a piece alone: the name of the file in the same folder, percent-encoded to be ASCII."""
+
+MAX_KEY_BYTES = 1024  # https://cloud.google.com/storage/docs/objects#naming
+_PIECE = re.compile(r"(?P<folder>(?:.*/)?)\.partial-(?P<id>[0-9a-f]{16})/(?P<name>(?:c[0-9]-)?[0-9]{5})", re.DOTALL)
+_OVERHEAD = len(".partial-0123456789abcdef/c1-00001")
+
+
+@dataclass(frozen=True)
+class PieceName:
+    """What a piece's name and metadata say. ``number`` counts from 1; it is None for what was composed already."""
+
+    key: str
+    upload_id: str
+    owner: str
+    number: int | None
+
+
+def new_upload_id() -> str:
+    """64 random bits: it need only differ from the other uploads in one folder."""
+    return secrets.token_hex(8)
+
+
+def folder_of_pieces(key: str, upload_id: str) -> str:
+    """The prefix of all pieces of one upload, with the slash at its end."""
+    return f"{key[: key.rfind('/') + 1]}.partial-{upload_id}/"
+
+
+def piece_name(key: str, upload_id: str, number: int, level: int = 0) -> str:
+    """Piece ``number`` (from 1) as it was sent (level 0) or as it was composed of 32 of the level below."""
+    return f"{folder_of_pieces(key, upload_id)}{f'c{level}-' if level else ''}{number:05}"
+
+
+def piece_metadata(key: str, owner: str) -> dict[str, str]:
+    """What makes an object a piece of ``key``."""
+    return {OWNER: owner, PIECE_OF: quote(key.rpartition("/")[2], safe="")}
+
+
+def parse_piece(name: str, metadata: Mapping[str, str]) -> PieceName | None:
+    """The piece that an object is, or None for data."""
+    found = _PIECE.fullmatch(name)
+    if found is None or OWNER not in metadata or PIECE_OF not in metadata:
+        return None
+    number = None if found["name"].startswith("c") else int(found["name"])
+    return PieceName(found["folder"] + unquote(metadata[PIECE_OF]), found["id"], metadata[OWNER], number)
+
+
+def refusal(key: str) -> str | None:
+    """Why Google could not keep this key exactly as it is, or None. https://cloud.google.com/storage/docs/objects#naming"""
+    size, folder = len(key.encode()), len(key[: key.rfind("/") + 1].encode())
+    if size > MAX_KEY_BYTES:
+        return f"makes a key of {size} bytes, Google Cloud Storage allows {MAX_KEY_BYTES}: use a shorter target.uri"
+    if folder + _OVERHEAD > MAX_KEY_BYTES:
+        return (
+            f"lies in a folder of {folder} bytes, which leaves no room for the pieces of a large file: at most "
+            f"{MAX_KEY_BYTES - _OVERHEAD} are allowed, use a shorter target.uri"
+        )
+    if "\r" in key or "\n" in key:
+        return "has a line break, which Google Cloud Storage refuses: rename it or exclude it"
+    if key.startswith(".well-known/acme-challenge/"):
+        return "makes a key that begins with '.well-known/acme-challenge/', which Google reserves: use another target.uri"
+    if key in (".", ".."):
+        return "is '.' or '..', which Google Cloud Storage refuses: rename it or exclude it"
+    if _PIECE.fullmatch(key):
+        return "is what this software calls the pieces of an unfinished upload: rename it or exclude it"
+    return None

@@ -1,0 +1,205 @@
+"""Google Cloud Storage as two emulators have it, and a proxy before them that says what neither of them can say.
+
+Google's service itself runs nowhere but at Google. What only it can show is marked ``needs_real_gcs`` with the reason; there
+our side is held to answers as Google's reference prints them, given by :class:`Proxy`.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import re
+import secrets
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+from google.auth.credentials import AnonymousCredentials
+from google.cloud import storage
+from storage_world import Fault, ObjectWorld
+
+import local_cluster as lc
+from checkpoint_operator.api.protocol import TargetOptions
+from checkpoint_operator.api.uris import TargetURI
+from checkpoint_operator.storage.gcs import GCSStore, open_gcs
+from checkpoint_operator.storage.transfer import STREAMS
+
+BUCKET = "checkpoints"
+
+# As in https://cloud.google.com/storage/docs/json_api/v1/status-codes
+REASONS = {
+    401: ("authError", "Invalid Credentials"),
+    403: ("forbidden", "reader@project.iam.gserviceaccount.com does not have storage.objects.create access."),
+    404: ("notFound", "Not Found"),
+    412: ("conditionNotMet", "At least one of the pre-conditions you specified did not hold."),
+    429: ("rateLimitExceeded", "The rate of change requests to the object exceeds the rate limit."),
+    503: ("backendError", "We encountered an internal error. Please try again."),
+}
+
+
+@dataclass
+class Rule:
+    """Requests whose "METHOD /path?query" the pattern finds are answered so instead, ``times`` often (None: always).
+
+    ``status`` 0 passes the request on and then hangs up: the reply is lost.
+    """
+
+    pattern: str
+    status: int
+    reason: str = ""
+    times: int | None = None
+
+    def answer(self) -> bytes:
+        reason, message = REASONS.get(self.status, ("", ""))
+        one = {"domain": "global", "reason": self.reason or reason, "message": message}
+        return json.dumps({"error": {"code": self.status, "message": message, "errors": [one]}}).encode()
+
+
+@dataclass
+class Proxy:
+    """Passes requests on to an emulator, remembers them, counts the bytes of their bodies, and plays answers."""
+
+    emulator: str
+    rules: list[Rule] = field(default_factory=list)
+    requests: list[str] = field(default_factory=list)
+    sent: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        proxy = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def handle_any(self) -> None:
+                proxy.handle(self)
+
+            do_GET = do_POST = do_DELETE = do_PATCH = do_PUT = handle_any  # noqa: N815
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
+        self._thread.start()
+        self.endpoint = f"http://127.0.0.1:{self._server.server_address[1]}"
+
+    def handle(self, request: BaseHTTPRequestHandler) -> None:
+        body = request.rfile.read(int(request.headers.get("Content-Length") or 0))
+        line = f"{request.command} {request.path}"
+        with self._lock:
+            self.requests.append(line)
+            self.sent += len(body)
+            rule = next((rule for rule in self.rules if rule.times != 0 and re.search(rule.pattern, line)), None)
+            if rule and rule.times:
+                rule.times -= 1
+        if rule and rule.status:
+            self._reply(
+                request, rule.status, {"Content-Type": "application/json", "X-GUploader-UploadID": "played"}, rule.answer()
+            )
+            return
+        target = http.client.HTTPConnection(urlsplit(self.emulator).netloc, timeout=60)
+        headers = {key: value for key, value in request.headers.items() if key.lower() not in ("host", "connection")}
+        target.request(request.command, request.path, body, headers)
+        answer = target.getresponse()
+        content = answer.read()
+        target.close()
+        if rule:
+            request.close_connection = True  # without a word
+            return
+        kept = {key: value for key, value in answer.getheaders() if key.lower() not in ("transfer-encoding", "connection")}
+        self._reply(request, answer.status, kept, content)
+
+    @staticmethod
+    def _reply(request: BaseHTTPRequestHandler, status: int, headers: dict[str, str], content: bytes) -> None:
+        request.send_response_only(status)
+        for key, value in headers.items():
+            if key.lower() != "content-length":
+                request.send_header(key, value)
+        request.send_header("Content-Length", str(len(content)))
+        request.end_headers()
+        request.wfile.write(content)
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
+@dataclass
+class GCSWorld(ObjectWorld):
+    """``proxy`` lies between the backend and the emulator; the raw way in goes past it."""
+
+    proxy: Any = None
+    client: Any = None
+
+    def connect(self, uri: TargetURI) -> GCSStore:
+        return open_gcs(uri, self.options, STREAMS)
+
+    def store(self) -> GCSStore:
+        """A store of its own, as a new process has it."""
+        return self.connect(self.uri())
+
+    def suffer(self, fault: Fault) -> None:
+        """The emulators know no identities: what Google would say is played."""
+        match fault:
+            case Fault.WRONG_CREDENTIALS:
+                self.proxy.rules.append(Rule("", 401))
+            case Fault.MISSING_BUCKET:
+                self.base = "gs://no-such-bucket/x"
+            case Fault.READ_ONLY:
+                self.proxy.rules.append(Rule("^(POST|DELETE|PUT|PATCH)", 403))
+
+    def put(self, path: str, data: bytes) -> None:
+        self.client.bucket(self.bucket).blob(self.prefix + path).upload_from_string(data)
+
+    def get(self, path: str) -> bytes:
+        body: bytes = self.client.bucket(self.bucket).blob(self.prefix + path).download_as_bytes()
+        return body
+
+    def remove(self, path: str) -> None:
+        self.client.bucket(self.bucket).blob(self.prefix + path).delete()
+
+    def paths(self) -> list[str]:
+        found = self.client.list_blobs(self.bucket, prefix=self.prefix)
+        return sorted(blob.name.removeprefix(self.prefix) for blob in found)
+
+
+@pytest.fixture(scope="session")
+def fake_gcs() -> Iterator[lc.GCSEmulator]:
+    with lc.start_fake_gcs("storage-tests") as emulator:
+        emulator.create_bucket(BUCKET)
+        yield emulator
+
+
+@pytest.fixture(scope="session")
+def gcp_storage_emulator() -> Iterator[lc.GCSEmulator]:
+    with lc.start_gcp_storage_emulator("storage-tests") as emulator:
+        emulator.create_bucket(BUCKET)
+        yield emulator
+
+
+def _world(kind: str, emulator: lc.GCSEmulator, work: Path) -> Iterator[GCSWorld]:
+    proxy = Proxy(emulator.endpoint)
+    client = storage.Client(
+        project="test", credentials=AnonymousCredentials(), client_options={"api_endpoint": emulator.endpoint}
+    )
+    base = f"gs://{BUCKET}/test-{secrets.token_hex(6)}"
+    yield GCSWorld(kind, base, TargetOptions(endpoint=proxy.endpoint), work, proxy=proxy, client=client)
+    client.close()
+    proxy.close()
+
+
+@pytest.fixture
+def gcs_world(fake_gcs: lc.GCSEmulator, tmp_path: Path) -> Iterator[GCSWorld]:
+    yield from _world("gcs", fake_gcs, tmp_path)
+
+
+@pytest.fixture
+def gcs_without_conditions_world(gcp_storage_emulator: lc.GCSEmulator, tmp_path: Path) -> Iterator[GCSWorld]:
+    yield from _world("gcs_without_conditions", gcp_storage_emulator, tmp_path)
