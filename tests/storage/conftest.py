@@ -10,14 +10,22 @@ import os
 from pathlib import Path
 
 import pytest
+from azure_world import azure_world as azure_world
+from azure_world import azurite as azurite
+from gcs_world import fake_gcs as fake_gcs
+from gcs_world import gcp_storage_emulator as gcp_storage_emulator
+from gcs_world import gcs_without_conditions_world as gcs_without_conditions_world
+from gcs_world import gcs_world as gcs_world
 from s3_world import object_store as object_store
 from s3_world import s3_world as s3_world
 from storage_world import FileWorld, World, make
+from versity_world import versitygw as versitygw
+from versity_world import versitygw_world as versitygw_world
 
 from checkpoint_operator.api.protocol import TargetOptions
 from checkpoint_operator.storage import objects
 
-WORLDS = ["file", "s3"]
+WORLDS = ["file", "s3", "gcs", "azure"]
 
 _FOREIGN = ("AWS_", "S3_", "AZURE_", "GOOGLE_", "STORAGE_EMULATOR_")
 
@@ -46,7 +54,8 @@ def world(request: pytest.FixtureRequest) -> World:
 @pytest.fixture
 def sequential(monkeypatch: pytest.MonkeyPatch) -> None:
     """One file after the other, so that a cue at the n-th look always comes at the same byte."""
-    monkeypatch.setattr(objects, "DEFAULT_WORKERS", 1)
+    monkeypatch.setattr(objects, "FILES_AT_ONCE", 1)
+    monkeypatch.setattr(objects, "STREAMS", 1)
 
 
 @pytest.fixture

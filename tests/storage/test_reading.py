@@ -54,6 +54,8 @@ def test_a_damaged_file_is_noticed_and_the_destination_does_not_appear(
 
 
 def test_a_second_download_keeps_what_the_first_had_fetched(world: World, source: Path) -> None:
+    if world.kind in ("gcs", "azure"):
+        pytest.skip("a version that was replaced there never comes back, not even with the same bytes")
     world.upload(source)
     restored, staging = world.work / "restored", world.work / "restored.partial"
     world.put("run/sub/optimizer.pt", b"STATE")

@@ -19,7 +19,7 @@ from checkpoint_operator.storage.errors import StorageError
 from checkpoint_operator.storage.local import LocalStorageBackend
 from checkpoint_operator.storage.objects import ObjectStoreBackend
 from checkpoint_operator.storage.store import ObjectStore
-from checkpoint_operator.storage.transfer import DEFAULT_WORKERS
+from checkpoint_operator.storage.transfer import STREAMS
 
 ENTRY_POINTS = "checkpoint_operator.backends"
 """The entry point group: the name is the scheme, the value a callable (TargetOptions) -> StorageBackend."""
@@ -29,13 +29,14 @@ def S3StorageBackend(options: TargetOptions) -> ObjectStoreBackend:  # noqa: N80
     """Artifacts on S3 and whatever speaks it. Raises BackendNotInstalled where boto3 is missing."""
     with _extra(Scheme.S3, "s3", "boto3"):
         from checkpoint_operator.storage.s3 import open_s3
-    return ObjectStoreBackend(_once_per_bucket(lambda uri: open_s3(uri, options, DEFAULT_WORKERS)))
+    return ObjectStoreBackend(_once_per_bucket(lambda uri: open_s3(uri, options, STREAMS)))
 
 
 def GCSStorageBackend(options: TargetOptions) -> ObjectStoreBackend:  # noqa: N802 - the library's published name
     """Artifacts on Google Cloud Storage. Raises BackendNotInstalled where google-cloud-storage is missing."""
     with _extra(Scheme.GS, "gcs", "google-cloud-storage"):
-        raise ImportError("gs:// is being written")
+        from checkpoint_operator.storage.gcs import open_gcs
+    return ObjectStoreBackend(_once_per_bucket(lambda uri: open_gcs(uri, options, STREAMS)))
 
 
 def AzureBlobStorageBackend(options: TargetOptions) -> ObjectStoreBackend:  # noqa: N802 - the library's published name
