@@ -9,6 +9,7 @@ import sys
 from . import detached
 from .build import build_versitygw
 from .errors import LocalClusterError
+from .gcs import build_fake_gcs
 from .providers import NATIVE, chosen_provider, programs_dir
 
 
@@ -22,6 +23,7 @@ def prepare() -> None:
     if chosen_provider() == NATIVE:  # a cluster that is there already needs no programs
         print(programs_dir(say))
     print(build_versitygw(say))
+    print(build_fake_gcs(say))
 
 
 def main(arguments: list[str] | None = None) -> int:
