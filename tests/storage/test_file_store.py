@@ -14,7 +14,7 @@ from storage_world import CHECKPOINT, MARKER, MIB, FileWorld, OnLook, make, refu
 
 from checkpoint_operator.api.errors import Reason
 from checkpoint_operator.api.protocol import Layout, Progress, Stage
-from checkpoint_operator.storage import StorageError, local
+from checkpoint_operator.storage import StorageError, folders, volume
 from checkpoint_operator.storage.errors import Cancelled
 from checkpoint_operator.storage.manifest import FileTable, Link, StoredFile
 from checkpoint_operator.storage.marker import encode
@@ -166,6 +166,7 @@ def test_a_whole_volume_may_be_restored_from_without_write_access(file_world: Fi
 # ---- Staging
 
 
+@pytest.mark.usefixtures("sequential")
 def test_what_an_earlier_attempt_staged_is_kept_where_it_is_right_and_rewritten_where_not(file_world: FileWorld) -> None:
     source = make(file_world.work / "source", {f"{n}.bin": bytes([n]) * 9 for n in range(5)})
     with pytest.raises(Cancelled):
@@ -246,17 +247,18 @@ def test_a_staging_folder_that_was_committed_between_open_and_lock_is_left_alone
 ) -> None:
     with pytest.raises(Cancelled):
         file_world.upload(source, cancelled=OnLook(3))
-    lock, overtaken = local._lock, False
+    lock, overtaken = folders.lock_named, False
 
-    def overtake(folder: int, place: object) -> None:
+    def overtake(parent: int, name: str, folder: int) -> bool:
         """The other process commits after we opened its folder; then we get the lock."""
         nonlocal overtaken
         if not overtaken:
             overtaken = True
             file_world.upload(source)
-        lock(folder, place)  # type: ignore[arg-type]
+        return lock(parent, name, folder)
 
-    monkeypatch.setattr(local, "_lock", overtake)
+    monkeypatch.setattr(folders, "lock_named", overtake)
+    monkeypatch.setattr(volume, "lock_named", overtake)
     with refused(Reason.TARGET_BUSY):
         if act == "upload":
             file_world.upload(source)

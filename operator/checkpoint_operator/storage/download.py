@@ -1,152 +1,273 @@
 """Puts a committed artifact back on a disk: whole and verified, or not at all.
 
-Names in a manifest come from a store that others may write to, so each is checked before it becomes a path.
+Files are staged in ``<destination>.partial``, which a later call for the same manifest goes on with, and appear by one
+rename. The destination is as hostile as the manifest: every path below its parent is walked without following a link
+(:mod:`checkpoint_operator.storage.folders`), and what lies in the staging folder counts only once it has been hashed.
+
+A range is written as soon as it is there, so a file that was left half done may have holes, within the last
+:data:`~checkpoint_operator.storage.ranges.SLOTS` ranges. The next call hashes what lies before the first hole and goes on
+behind it; if the whole then has another hash than the manifest says, what was found is fetched again as well.
 """
 
+import errno
 import hashlib
 import os
-import shutil
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+import stat
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 from checkpoint_operator.api.errors import Reason
 from checkpoint_operator.api.names import MARKER_NAME
 from checkpoint_operator.api.protocol import Stage
-from checkpoint_operator.api.uris import bad_segment
-from checkpoint_operator.storage.errors import StorageError
-from checkpoint_operator.storage.manifest import StoredFile, link_problem
-from checkpoint_operator.storage.marker import Manifest, encode
-from checkpoint_operator.storage.transfer import DEFAULT_WORKERS, Meter
+from checkpoint_operator.storage import marker
+from checkpoint_operator.storage.errors import Cancelled, StorageError
+from checkpoint_operator.storage.folders import (
+    create_anew,
+    hold,
+    open_directory_in,
+    open_file,
+    owner_here,
+    read_small,
+    remove_except,
+    start_writeback,
+    sync_folders,
+    write_all,
+    write_durably,
+)
+from checkpoint_operator.storage.hostile import check_names
+from checkpoint_operator.storage.layout import lay_out
+from checkpoint_operator.storage.manifest import StoredFile
+from checkpoint_operator.storage.marker import Manifest, Uploading
+from checkpoint_operator.storage.meter import Meter
+from checkpoint_operator.storage.parallel import for_each
+from checkpoint_operator.storage.ranges import RANGE, WORKERS, Fetch, Stream, fetch_all, mismatch
+from checkpoint_operator.storage.store import Buffer
 
-CHUNK = 8 << 20
+PARTIAL = ".partial"
+RESTORING = "restore"
+"""The claim id in the marker of a staging folder: no upload has it, so that a checkpoint is never taken for one."""
+_NOTE_BYTES = 64 << 10
+_HASH_BYTES = 1 << 20
 
-Fetch = Callable[[StoredFile, int, int], bytes]
-"""(file, start, length) → bytes of exactly the stored version."""
 
-
-def download(manifest: Manifest, fetch: Fetch, destination: Path, meter: Meter) -> None:
+def download(
+    manifest: Manifest, fetch: Fetch, destination: Path, meter: Meter, cancelled: threading.Event | None = None
+) -> None:
     """Fetch every file of a manifest into ``destination``, which must not exist.
 
-    The files are staged in ``<destination>.partial`` together with the manifest; a later call for the same manifest keeps
-    what is right there. Memory: :data:`CHUNK` for each of the workers.
+    Memory: that of :mod:`checkpoint_operator.storage.ranges`, 64 MiB, and the manifest.
 
     Raises:
-        StorageError: DestinationExists, IntegrityMismatch, UnsupportedName, RequestRejected where the disk refuses, and
-            what ``fetch`` raises.
+        StorageError: DestinationExists; TargetBusy where another process downloads to the same place; UnsupportedName for a
+            name that is refused or that the disk cannot hold; IntegrityMismatch; RequestRejected where the disk refuses to
+            be written (what was fetched stays for the next call); and what ``fetch`` raises.
+        Cancelled: when the event was set; it is looked at before each range.
     """
     if os.path.lexists(destination):
-        raise StorageError(
-            Reason.DESTINATION_EXISTS, f"'{destination}' exists: download into a new folder", path=str(destination)
-        )
-    check_names(manifest)
+        raise _exists(destination, "download into a new folder")
+    check_names(manifest.table)
     try:
-        _download(manifest, fetch, destination, meter)
+        with ExitStack() as stack:
+            _download(stack, manifest, fetch, destination, meter, cancelled or threading.Event())
     except OSError as error:
-        raise StorageError(
-            Reason.REQUEST_REJECTED,
-            f"writing to '{destination}' failed: {error.strerror}",
-            operation="download",
-            path=str(destination),
-        ) from error
+        raise _disk_refused(destination, error) from error
 
 
-def _download(manifest: Manifest, fetch: Fetch, destination: Path, meter: Meter) -> None:
-    staging = destination.with_name(destination.name + ".partial")
-    _open_staging(staging, manifest)
+def _download(
+    stack: ExitStack, manifest: Manifest, fetch: Fetch, destination: Path, meter: Meter, cancelled: threading.Event
+) -> None:
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    parent = hold(stack, os.open(destination.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+    folder = _open_staging(stack, parent, destination, manifest)
     table = manifest.table
     meter.start(Stage.VERIFYING, len(table.files), table.size)
-    for path in (*table.empty_directories, *(file.path for file in table.files)):
-        parent = staging / path if path in table.empty_directories else (staging / path).parent
-        parent.mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(DEFAULT_WORKERS, thread_name_prefix="download") as pool:
-        list(pool.map(lambda file: _fetch_file(file, fetch, staging, meter), table.files))
-    for link in table.links:
-        (staging / link.path).parent.mkdir(parents=True, exist_ok=True)
-        if not os.path.lexists(staging / link.path):
-            os.symlink(link.target, staging / link.path)
-    (staging / MARKER_NAME).unlink()
-    os.rename(staging, destination)
+    found = lay_out(folder, table, str(destination))
+    again: list[StoredFile] = []
 
+    def landing(file: StoredFile) -> "_Landing":
+        return _Landing(folder, file, again, meter)
 
-def check_names(manifest: Manifest) -> None:
-    """Refuse a manifest whose names could lead out of the folder that they are put into, or removed from.
+    resumed: list[_Landing] = []
+    for_each(
+        lambda file: resumed.extend(_go_on(folder, landing(file), meter, cancelled)),
+        [file for file in table.files if file.path in found],
+        workers=WORKERS,
+        name="restore",
+    )
 
-    Raises:
-        StorageError: UnsupportedName.
-    """
-    table = manifest.table
-    solid = [*(file.path for file in table.files), *(link.path for link in table.links)]
-    for name in (*solid, *table.empty_directories):
-        problem = next((problem for part in name.split("/") if (problem := bad_segment(part))), None)
-        if problem is None and name == MARKER_NAME:
-            problem = "the marker's own name"
-        if problem:
-            raise _refused(name, f"has {problem}")
-    for link in table.links:
-        if problem := link_problem(link.path, link.target):
-            raise _refused(link.path, f"{problem} ({link.target!r})")
-    taken = set(solid)
-    if len(taken) < len(solid) or taken & set(table.empty_directories):
-        raise _refused(MARKER_NAME, "names a path twice")
-    for name in (*solid, *table.empty_directories):
-        above = os.path.dirname(name)
-        while above:
-            if above in taken:
-                raise _refused(name, f"lies below {above!r}, which is no folder")
-            above = os.path.dirname(above)
+    def streams() -> Iterator[Stream]:
+        yield from resumed
+        yield from (landing(file) for file in table.files if file.path not in found)
 
-
-def _refused(name: str, why: str) -> StorageError:
-    return StorageError(Reason.UNSUPPORTED_NAME, f"the manifest lists {name!r}, which {why}: refused", path=name)
-
-
-def _open_staging(staging: Path, manifest: Manifest) -> None:
-    wanted = encode(manifest)
+    fetch_all(streams(), fetch, meter, cancelled)
+    for file in again:
+        create_anew(folder, file.path)
+    fetch_all([landing(file) for file in again], fetch, meter, cancelled)
+    sync_folders(folder)
     try:
-        staging.mkdir(parents=True)
-    except FileExistsError:
-        try:
-            left = (staging / MARKER_NAME).read_bytes()
-        except OSError as error:
-            raise StorageError(
-                Reason.DESTINATION_EXISTS,
-                f"'{staging}' exists and is no download of ours: remove it, or choose another destination",
-                path=str(staging),
-            ) from error
-        if left == wanted:
-            return
-        # Of another version of this artifact: ours, but useless.
-        shutil.rmtree(staging)
-        staging.mkdir()
-    (staging / MARKER_NAME).write_bytes(wanted)
+        os.rename(destination.name + PARTIAL, destination.name, src_dir_fd=parent, dst_dir_fd=parent)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EISDIR):
+            raise _exists(destination, "it appeared during the download, whose files are beside it") from error
+        raise
+    # Not before: without its marker nobody could tell the staging folder from one of the user's.
+    os.unlink(MARKER_NAME, dir_fd=folder)
+    os.fsync(folder)
+    os.fsync(parent)
+    meter.stage(Stage.VERIFYING)
 
 
-def _fetch_file(file: StoredFile, fetch: Fetch, staging: Path, meter: Meter) -> None:
-    path = staging / file.path
-    if path.is_file() and path.stat().st_size == file.size and _hash(path) == file.sha256:
-        meter.add(file.size, files=1)
-        return
-    digest = hashlib.sha256()
-    with path.open("wb") as target:
-        for start in range(0, file.size, CHUNK):
-            body = fetch(file, start, min(CHUNK, file.size - start))
-            digest.update(body)
-            target.write(body)
-            meter.add(len(body))
-    if digest.hexdigest() != file.sha256:
+def _open_staging(stack: ExitStack, parent: int, destination: Path, manifest: Manifest) -> int:
+    """The locked staging folder with its marker, which says for which manifest it is; of another one it is emptied."""
+    name, shown = destination.name + PARTIAL, Path(f"{destination}{PARTIAL}")
+    try:
+        folder = open_directory_in(stack, parent, name)
+    except NotADirectoryError as error:
+        raise _exists(shown, "and is no download of ours: remove it, or choose another destination") from error
+    if folder is None:
         raise StorageError(
-            Reason.INTEGRITY_MISMATCH,
-            f"'{file.path}' came back as sha256 {digest.hexdigest()}, the manifest says {file.sha256}",
-            path=file.path,
+            Reason.TARGET_BUSY, f"another process is downloading to '{destination}' right now", path=str(destination)
         )
-    if file.mode is not None:
-        path.chmod(file.mode & 0o777)
-    if file.mtime_ns is not None:
-        os.utime(path, ns=(file.mtime_ns, file.mtime_ns))
-    meter.add(0, files=1)
+    note = marker.encode(
+        Uploading(
+            artifact_uid=manifest.artifact_uid,
+            claim_id=RESTORING,
+            source_fingerprint=marker.digest(marker.encode(manifest)),
+        )
+    )
+    left = read_small(folder, MARKER_NAME, _NOTE_BYTES)
+    if left != note and not _is_ours(folder, left):
+        raise _exists(shown, "and is no download of ours: remove it, or choose another destination")
+    if os.fstat(folder).st_uid != (owner := owner_here(folder)):
+        raise _exists(shown, f"and belongs to another user than {owner}, who could change what is put there: remove it")
+    if left == note:
+        remove_except(folder, {MARKER_NAME, *(file.path for file in manifest.table.files)}, owner)
+    else:
+        remove_except(folder, set(), owner)
+        write_durably(folder, MARKER_NAME, note)
+    return folder
 
 
-def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _is_ours(folder: int, note: bytes | None) -> bool:
+    """Whether a staging folder is one of a download, or of one that was killed before it could say so."""
+    if not note:
+        names = set(os.listdir(folder))
+        return not names or (note == b"" and names == {MARKER_NAME})
+    try:
+        found = marker.decode(note, "", "").marker
+    except StorageError:
+        return False
+    return isinstance(found, Uploading) and found.claim_id == RESTORING
+
+
+def _go_on(folder: int, landing: "_Landing", meter: Meter, cancelled: threading.Event) -> list["_Landing"]:
+    """Hash what an earlier call left of a file: what is still to be fetched of it (nothing, if it is whole)."""
+    file = landing.file
+    with open_file(folder, file.path, os.O_RDWR) as left:
+        end = _first_hole(left)
+        size = os.fstat(left).st_size
+        if size <= file.size:
+            landing.position = _hash(left, end, landing.digest, cancelled)
+        if size != landing.position:
+            os.ftruncate(left, landing.position)
+    if landing.position < file.size:
+        landing.is_resumed = landing.position > 0
+        meter.add(landing.position)
+        return [landing]
+    if landing.digest.hexdigest() == file.sha256:
+        landing.settle()
+        meter.add(file.size, files=1)
+        return []
+    create_anew(folder, file.path)
+    landing.position, landing.digest = 0, hashlib.sha256()
+    return [landing]
+
+
+def _first_hole(descriptor: int) -> int:
+    size = os.fstat(descriptor).st_size
+    try:
+        return min(size, os.lseek(descriptor, 0, os.SEEK_HOLE)) if size else 0
+    except OSError:  # a file system that has none: then the hash of the whole decides
+        return size
+
+
+def _hash(descriptor: int, end: int, digest: "hashlib._Hash", cancelled: threading.Event) -> int:
+    """Hash the first ``end`` bytes; how many there were."""
+    buffer, position = memoryview(bytearray(_HASH_BYTES)), 0
+    while position < end:
+        if cancelled.is_set():
+            raise Cancelled
+        count = os.preadv(descriptor, [buffer[: min(_HASH_BYTES, end - position)]], position)
+        if not count:
+            break
+        digest.update(buffer[:count])
+        position += count
+    return position
+
+
+class _Landing(Stream):
+    """A file that is written into the staging folder."""
+
+    def __init__(self, folder: int, file: StoredFile, again: list[StoredFile], meter: Meter) -> None:
+        super().__init__(file)
+        self._folder = folder
+        self._again = again
+        self._meter = meter
+        self.is_resumed = False
+
+    def keep(self, start: int, body: Buffer) -> None:
+        with open_file(self._folder, self.file.path, os.O_WRONLY) as target:
+            write_all(target, body, start)
+            if self.file.size > RANGE:
+                start_writeback(target, start, len(body))
+
+    def finish(self, sha256: str) -> None:
+        if sha256 == self.file.sha256:
+            self.settle()
+        elif self.is_resumed:
+            self._again.append(self.file)
+            self._meter.add(-self.file.size, files=-1)
+        else:
+            raise mismatch(self.file, sha256)
+
+    def settle(self) -> None:
+        """The bytes are right: mode (never setuid and the like), time, and on the disk."""
+        file = self.file
+        with open_file(self._folder, file.path, os.O_RDONLY) as target:
+            status = os.fstat(target)
+            _as_it_was(file, target, status)
+            os.fsync(target)
+
+
+def _as_it_was(file: StoredFile, target: int, status: os.stat_result) -> None:
+    try:
+        if file.mode is not None and stat.S_IMODE(status.st_mode) != file.mode & 0o777:
+            os.chmod(target, file.mode & 0o777)
+        if file.mtime_ns is not None and status.st_mtime_ns != file.mtime_ns:
+            os.utime(target, ns=(file.mtime_ns, file.mtime_ns))
+    except PermissionError:
+        return  # a file system without modes; the content does not depend on them
+
+
+def _exists(path: Path, what: str) -> StorageError:
+    return StorageError(Reason.DESTINATION_EXISTS, f"'{path}' exists: {what}", path=str(path))
+
+
+_WAYS_OUT = {
+    errno.ENOSPC: "free some space and download again, what was fetched is kept beside it",
+    errno.EDQUOT: "free some space and download again, what was fetched is kept beside it",
+    errno.EROFS: "choose a destination that can be written",
+    errno.EACCES: "choose a destination that can be written",
+}
+
+
+def _disk_refused(destination: Path, error: OSError) -> StorageError:
+    way_out = _WAYS_OUT.get(error.errno or 0)
+    return StorageError(
+        Reason.REQUEST_REJECTED,
+        f"writing to '{destination}' failed: {error.strerror}{f': {way_out}' if way_out else ''}",
+        operation="download",
+        path=str(destination),
+    )

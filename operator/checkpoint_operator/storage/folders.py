@@ -5,10 +5,15 @@ descriptors with O_NOFOLLOW: a swap gives an error, not another place.
 """
 
 import errno
+import fcntl
 import os
+import secrets
 import stat
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+
+from checkpoint_operator.api.names import PROBE_PREFIX
+from checkpoint_operator.storage.store import Buffer
 
 DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -40,21 +45,33 @@ def open_below(directory: int, path: str) -> int:
     return current
 
 
-def remove_except(folder: int, keep: set[str], prefix: str = "") -> None:
-    """Remove everything from a staging folder but the regular files in ``keep``, and folders that become empty."""
+def remove_except(folder: int, keep: set[str], owner: int | None = None, prefix: str = "") -> None:
+    """Remove everything from a staging folder but the regular files in ``keep``, and folders that become empty.
+
+    A file that has another name too (a hard link: it may be anybody's) or that is another user's is not kept.
+    """
     for name in os.listdir(folder):
         path = prefix + name
-        kind = os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode
-        if stat.S_ISDIR(kind):
-            deeper = os.open(name, DIRECTORY, dir_fd=folder)
-            try:
-                remove_except(deeper, keep, f"{path}/")
-            finally:
-                os.close(deeper)
+        status = os.stat(name, dir_fd=folder, follow_symlinks=False)
+        if stat.S_ISDIR(status.st_mode):
+            with opened_below(folder, name) as deeper:
+                remove_except(deeper, keep, owner, f"{path}/")
             with suppress(OSError):
                 os.rmdir(name, dir_fd=folder)
-        elif path not in keep or not stat.S_ISREG(kind):
+        elif path not in keep or not is_private(status) or owner not in (None, status.st_uid):
             os.unlink(name, dir_fd=folder)
+
+
+def is_private(status: os.stat_result) -> bool:
+    """A regular file with one name: writing into it changes nothing elsewhere."""
+    return stat.S_ISREG(status.st_mode) and status.st_nlink == 1
+
+
+def create_anew(folder: int, path: str) -> None:
+    """An empty file in the place of whatever file or link is there."""
+    unlink_below(folder, path)
+    with open_file(folder, path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666):
+        pass
 
 
 def make_link(folder: int, path: str, target: str) -> None:
@@ -79,7 +96,27 @@ def write_durably(folder: int, name: str, data: bytes) -> None:
         os.fsync(descriptor)
 
 
-def write_all(descriptor: int, data: bytes, offset: int) -> None:
+def read_small(folder: int, name: str, limit: int) -> bytes | None:
+    """A small file's bytes; None where there is none, or something else than a file, or one of more than ``limit`` bytes."""
+    try:
+        with open_file(folder, name, os.O_RDONLY) as descriptor:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode) or status.st_size > limit:
+                return None
+            return os.pread(descriptor, limit, 0)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ELOOP, errno.ENXIO, errno.EISDIR):
+            return None
+        raise
+
+
+def start_writeback(descriptor: int, offset: int, length: int) -> None:
+    """Ask the kernel to write a range to the disk from now on, so that the fsync at the end has little left to do."""
+    # The pages are dirty and stay; what DONTNEED does to them is to start their writeback (mm/fadvise.c).
+    os.posix_fadvise(descriptor, offset, length, os.POSIX_FADV_DONTNEED)
+
+
+def write_all(descriptor: int, data: Buffer, offset: int) -> None:
     """``pwrite`` until everything is written."""
     view = memoryview(data)
     while view:
@@ -94,6 +131,52 @@ def sync_folders(folder: int) -> None:
             with opened_below(folder, name) as deeper:
                 sync_folders(deeper)
     os.fsync(folder)
+
+
+def hold(stack: ExitStack, descriptor: int) -> int:
+    """The descriptor, which the stack closes."""
+    stack.callback(os.close, descriptor)
+    return descriptor
+
+
+def open_directory_in(stack: ExitStack, parent: int, name: str) -> int | None:
+    """Open a folder (made if need be) and lock it until the stack is closed; None where another process has it.
+
+    Raises:
+        NotADirectoryError: something else, or a symlink, has the name.
+    """
+    with suppress(FileExistsError):
+        os.mkdir(name, 0o777, dir_fd=parent)
+    try:
+        folder = hold(stack, os.open(name, DIRECTORY, dir_fd=parent))
+    except FileNotFoundError:
+        return None  # its last holder has just renamed it
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), name) from error
+        raise
+    return folder if lock_named(parent, name, folder) else None
+
+
+def lock_named(parent: int, name: str, folder: int) -> bool:
+    """Lock an open folder that still has its name: between open and lock its last holder may have renamed it."""
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        current = os.stat(name, dir_fd=parent, follow_symlinks=False)
+    except (BlockingIOError, FileNotFoundError):
+        return False
+    return os.path.samestat(current, os.fstat(folder))
+
+
+def owner_here(folder: int) -> int:
+    """The user that a file gets which this process makes there; a network file system may have its own idea of that."""
+    name = f"{PROBE_PREFIX}{secrets.token_hex(8)}"
+    descriptor = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=folder)
+    try:
+        return os.fstat(descriptor).st_uid
+    finally:
+        os.close(descriptor)
+        os.unlink(name, dir_fd=folder)
 
 
 def open_in(stack: ExitStack, root: str, path: str) -> int:

@@ -6,10 +6,9 @@ manifest to ``.metadata.deleting.json``, so that the artifact is invisible befor
 """
 
 import errno
-import fcntl
 import hashlib
 import os
-import stat
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
@@ -18,33 +17,41 @@ from pathlib import Path
 from checkpoint_operator.api.errors import Reason
 from checkpoint_operator.api.metadata import ArtifactMetadata
 from checkpoint_operator.api.names import MARKER_NAME
-from checkpoint_operator.api.protocol import Layout, Stage, Stored
+from checkpoint_operator.api.protocol import Layout, Stored
 from checkpoint_operator.api.uris import TargetURI
 from checkpoint_operator.storage import marker
-from checkpoint_operator.storage.backend import DeleteRequest, Report, UploadRequest
-from checkpoint_operator.storage.download import check_names, download
+from checkpoint_operator.storage.backend import DeleteRequest, OnProgress, UploadRequest
+from checkpoint_operator.storage.download import download
 from checkpoint_operator.storage.errors import Cancelled, StorageError
 from checkpoint_operator.storage.folders import (
-    DIRECTORY,
+    hold,
     make_below,
     make_link,
-    open_file,
+    open_directory_in,
     open_in,
-    opened_below,
-    remove_except,
     sync_folders,
     unlink_below,
-    write_all,
     write_durably,
 )
 from checkpoint_operator.storage.manifest import FileTable, StoredFile, content_digest
-from checkpoint_operator.storage.marker import DELETING_NAME, ForeignMarker, Manifest, Seen
+from checkpoint_operator.storage.marker import Manifest, Seen
+from checkpoint_operator.storage.meter import Meter
 from checkpoint_operator.storage.objects import derive_uid, require_manifest, stored_at, unique_place
-from checkpoint_operator.storage.source import OpenFile, SourceFile, SourceTree
-from checkpoint_operator.storage.transfer import Meter
-
-PARTIAL = ".partial-"
-CHUNK = 4 << 20
+from checkpoint_operator.storage.parallel import for_each
+from checkpoint_operator.storage.source import Listing, SourceFile, SourceTree
+from checkpoint_operator.storage.staging import CHUNK, JOURNAL, WORKERS, stage_all
+from checkpoint_operator.storage.verify import verify
+from checkpoint_operator.storage.volume import (
+    NOTHING_LEFT,
+    PARTIAL,
+    busy,
+    contents,
+    read_manifest,
+    read_marker,
+    read_range,
+    remove,
+    remove_staging,
+)
 
 _REASONS = {
     errno.EACCES: Reason.CREDENTIALS_REFUSED,
@@ -55,6 +62,11 @@ _REASONS = {
     errno.EIO: Reason.STORE_UNAVAILABLE,
     errno.ESTALE: Reason.STORE_UNAVAILABLE,
     errno.ENAMETOOLONG: Reason.UNSUPPORTED_NAME,
+}
+_WAYS_OUT = {
+    errno.ENOSPC: "make room on the volume, what was stored so far is kept for the next attempt",
+    errno.EDQUOT: "make room or raise the quota, what was stored so far is kept for the next attempt",
+    errno.EROFS: "mount the volume writable",
 }
 
 
@@ -77,24 +89,12 @@ class LocalStorageBackend:
             if request.layout is Layout.UNIQUE:
                 place = unique_place(request.uri, uid, listing.fingerprint)
             parent, name = self._parent(stack, place, tree)
-            seen = _read_marker(parent, name, place)
+            seen = read_marker(parent, name, place)
             if seen is not None:
                 return _judge(seen, uid, lambda: content_digest(_hash_all(tree, listing.files, request)), place)
             request.on_write()
             staging = stack.enter_context(_staging(parent, uid, place))
-            table = FileTable(
-                files=_copy_all(tree, listing.files, staging, request),
-                links=list(listing.links),
-                empty_directories=list(listing.empty_directories),
-            )
-            if tree.scan().fingerprint != listing.fingerprint:
-                raise StorageError(
-                    Reason.SOURCE_CHANGED, "files were added, removed or written while the checkpoint was stored"
-                )
-            for path in table.empty_directories:
-                os.close(make_below(staging, path))
-            for link in table.links:
-                make_link(staging, link.path, link.target)
+            table = _fill(staging, tree, listing, request)
             manifest = Manifest(
                 artifact_uid=uid,
                 claim_id=marker.new_claim_id(),
@@ -111,12 +111,15 @@ class LocalStorageBackend:
             data = marker.encode(manifest)
             write_durably(staging, MARKER_NAME, data)
             sync_folders(staging)
+            # As late as can be: without it a next attempt copies everything again.
+            unlink_below(staging, JOURNAL)
+            os.fsync(staging)
             try:
                 os.rename(PARTIAL + uid, name, src_dir_fd=parent, dst_dir_fd=parent)
             except OSError as error:
                 if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                     raise
-                seen = _read_marker(parent, name, place)
+                seen = read_marker(parent, name, place)
                 if seen is None:
                     raise
                 return _judge(seen, uid, lambda: manifest.content_digest, place)
@@ -127,7 +130,7 @@ class LocalStorageBackend:
         for place in self._places(uri, uid, layout):
             with suppress(FileNotFoundError, NotADirectoryError), ExitStack() as stack:
                 parent, name = self._existing_parent(stack, place)
-                seen = _read_marker(parent, name, place)
+                seen = read_marker(parent, name, place)
                 if seen and isinstance(seen.marker, Manifest) and seen.marker.artifact_uid == uid:
                     return stored_at(place, seen.marker, seen.digest, owner=True)
         return None
@@ -140,27 +143,37 @@ class LocalStorageBackend:
             return [uri.child(name) for name in sorted(os.listdir(folder)) if name.startswith(f"{uid}-")]
         return []
 
-    def download_artifact(self, uri: TargetURI, destination: Path, report: Report | None = None) -> ArtifactMetadata:
-        manifest = self.get_manifest(uri)
-        with ExitStack() as stack, _errors(uri, "download"):
-            folder = open_in(stack, self._root, uri.path)
-
-            def fetch(file: StoredFile, start: int, length: int) -> bytes:
-                try:
-                    with open_file(folder, file.path, os.O_RDONLY) as descriptor:
-                        status = os.fstat(descriptor)
-                        if status.st_size == file.size and stat.S_ISREG(status.st_mode):
-                            scanned = SourceFile(file.path, status.st_size, status.st_mtime_ns, status.st_ino, 0)
-                            return OpenFile(scanned, descriptor).read(start, length)
-                        what = f"has {status.st_size} bytes, the manifest lists {file.size}"
-                except OSError as error:
-                    if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
-                        raise
-                    what = f"was replaced or removed: {error.strerror}"
-                raise StorageError(Reason.INTEGRITY_MISMATCH, f"'{file.path}' at {uri} {what}", uri=str(uri), path=file.path)
-
-            download(manifest, fetch, destination, Meter(report))
+    def download_artifact(
+        self,
+        uri: TargetURI,
+        destination: Path,
+        progress: OnProgress | None = None,
+        cancelled: threading.Event | None = None,
+    ) -> ArtifactMetadata:
+        manifest, _, folder, stack = self._opened(uri, "download")
+        with stack:
+            download(manifest, lambda *piece: read_range(folder, *piece), destination, Meter(progress), cancelled)
         return manifest.metadata
+
+    def verify_artifact(
+        self,
+        uri: TargetURI,
+        manifest_digest: str | None = None,
+        progress: OnProgress | None = None,
+        cancelled: threading.Event | None = None,
+    ) -> Manifest:
+        manifest, seen, folder, stack = self._opened(uri, "verify")
+        with stack, _errors(uri, "verify"):
+            verify(
+                manifest,
+                seen.digest,
+                manifest_digest,
+                contents(folder),
+                lambda *piece: read_range(folder, *piece),
+                Meter(progress),
+                cancelled,
+            )
+        return manifest
 
     def delete_artifact(self, request: DeleteRequest) -> str:
         said = []
@@ -169,39 +182,51 @@ class LocalStorageBackend:
                 with suppress(FileNotFoundError, NotADirectoryError), ExitStack() as stack:
                     parent, name = self._existing_parent(stack, place)
                     if request.uid:
-                        _remove_staging(parent, request.uid, place)
-                    said.append(_delete(parent, name, place, request))
+                        remove_staging(parent, request.uid, place)
+                    said.append(remove(parent, name, place, request))
             if request.layout is Layout.UNIQUE and request.uid:
                 with suppress(FileNotFoundError, NotADirectoryError), ExitStack() as stack:
-                    _remove_staging(open_in(stack, self._root, request.uri.path), request.uid, request.uri)
-        return "; ".join(said) or "nothing is left there"
+                    remove_staging(open_in(stack, self._root, request.uri.path), request.uid, request.uri)
+        return "; ".join(said) or NOTHING_LEFT
 
-    def list_artifacts(self, prefix: TargetURI, artifact_type: str | None = None) -> Iterator[ArtifactMetadata]:
-        base = os.path.join(self._root, prefix.path)
-        for folder, folders, files in os.walk(base):
+    def list_artifacts(
+        self, uri: TargetURI, artifact_type: str | None = None, prefix: str = ""
+    ) -> Iterator[ArtifactMetadata]:
+        top = os.path.join(self._root, uri.path)
+        for folder, folders, files in os.walk(top):
             folders[:] = sorted(name for name in folders if not name.startswith(PARTIAL))
-            if MARKER_NAME not in files:
+            relative = os.path.relpath(folder, top)
+            if MARKER_NAME not in files or not f"{'' if relative == '.' else relative}/".startswith(prefix):
                 continue
-            path = os.path.relpath(folder, self._root)
+            place = TargetURI(uri.scheme, "", os.path.relpath(folder, self._root))
             try:
-                metadata = self.get_metadata(TargetURI(prefix.scheme, "", path))
+                metadata = self.get_metadata(place)
             except StorageError as error:
                 if error.reason not in (Reason.NOT_FOUND, Reason.TARGET_NOT_EMPTY):
                     raise
                 continue  # gone by now, or somebody else's .metadata.json
             if artifact_type in (None, metadata.artifact_type):
-                yield metadata
+                yield metadata.replace(storage_path=str(place))
 
     def get_metadata(self, uri: TargetURI) -> ArtifactMetadata:
         return self.get_manifest(uri).metadata
 
     def get_manifest(self, uri: TargetURI) -> Manifest:
-        with _errors(uri, "get manifest"), ExitStack() as stack:
+        manifest, _, _, stack = self._opened(uri, "get manifest")
+        stack.close()
+        return manifest
+
+    def _opened(self, uri: TargetURI, operation: str) -> tuple[Manifest, Seen, int, ExitStack]:
+        """A committed artifact: its manifest, its marker, its open folder, and the stack that closes the folder."""
+        with _errors(uri, operation), ExitStack() as stack:
             try:
                 folder = open_in(stack, self._root, uri.path)
+                seen = read_manifest(folder, MARKER_NAME, uri)
             except (FileNotFoundError, NotADirectoryError):
-                return require_manifest(None, uri)
-            return require_manifest(_read_manifest(folder, MARKER_NAME, uri), uri)
+                seen = None
+            manifest = require_manifest(seen, uri)
+            assert seen is not None
+            return manifest, seen, folder, stack.pop_all()
 
     def _parent(self, stack: ExitStack, place: TargetURI, tree: SourceTree) -> tuple[int, str]:
         """The open folder that the target lies in (made if need be), and the target's name."""
@@ -209,8 +234,7 @@ class LocalStorageBackend:
         *parents, name = place.path.split("/")
         for segment in parents:
             _refuse_inside_source(folder, tree, place)
-            folder = make_below(folder, segment)
-            stack.callback(os.close, folder)
+            folder = hold(stack, make_below(folder, segment))
         _refuse_inside_source(folder, tree, place)
         return folder, name
 
@@ -243,122 +267,35 @@ def _judge(seen: Seen, uid: str, digest: Callable[[], str], place: TargetURI) ->
     )
 
 
-def _read_marker(parent: int, name: str, place: TargetURI) -> Seen | None:
-    """What lies at the target; None where nothing does (an empty folder is nothing).
-
-    Raises:
-        StorageError: TargetNotEmpty, or TargetBusy where a deletion is under way.
-    """
-    with ExitStack() as stack:
-        try:
-            folder = os.open(name, DIRECTORY, dir_fd=parent)
-        except FileNotFoundError:
-            return None
-        except (NotADirectoryError, OSError) as error:
-            if error.errno not in (errno.ENOTDIR, errno.ELOOP):
-                raise
-            raise _not_empty(place, "a file or a symlink is there") from error
-        stack.callback(os.close, folder)
-        names = os.listdir(folder)
-        if DELETING_NAME in names:
-            raise StorageError(Reason.TARGET_BUSY, "a checkpoint is being removed there", uri=str(place))
-        if names and MARKER_NAME not in names:
-            raise _not_empty(place, "the folder is not empty")
-        return _read_manifest(folder, MARKER_NAME, place) if names else None
-
-
-def _not_empty(place: TargetURI, what: str) -> StorageError:
-    return StorageError(Reason.TARGET_NOT_EMPTY, f"{what} and belongs to no checkpoint: choose another URI", uri=str(place))
-
-
-def _read_manifest(folder: int, name: str, place: TargetURI) -> Seen | None:
-    try:
-        with open_file(folder, name, os.O_RDONLY) as descriptor, os.fdopen(os.dup(descriptor), "rb") as file:
-            if (size := os.fstat(descriptor).st_size) > marker.MAX_BYTES:
-                raise marker.too_large(size, str(place))
-            return marker.decode(file.read(), "", str(place))
-    except FileNotFoundError:
-        return None
-
-
 @contextmanager
 def _staging(parent: int, uid: str, place: TargetURI) -> Iterator[int]:
     """The locked staging folder of an artifact; an earlier attempt's is taken over."""
-    with suppress(FileExistsError):
-        os.mkdir(PARTIAL + uid, 0o777, dir_fd=parent)
-    folder = os.open(PARTIAL + uid, DIRECTORY, dir_fd=parent)
-    try:
-        _lock_staging(parent, folder, uid, place)
+    with ExitStack() as stack:
+        folder = open_directory_in(stack, parent, PARTIAL + uid)
+        if folder is None:
+            raise busy(place)
         with suppress(FileNotFoundError):
             # A manifest of an earlier attempt describes that attempt's files.
             os.unlink(MARKER_NAME, dir_fd=folder)
         yield folder
-    finally:
-        os.close(folder)
 
 
-def _lock(folder: int, place: TargetURI) -> None:
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise StorageError(
-            Reason.TARGET_BUSY, "another process is writing or removing this artifact right now", uri=str(place)
-        ) from error
-
-
-def _lock_staging(parent: int, folder: int, uid: str, place: TargetURI) -> None:
-    """Lock a staging folder that still is one: between our open and our lock its last holder may have committed it."""
-    _lock(folder, place)
-    try:
-        current = os.stat(PARTIAL + uid, dir_fd=parent, follow_symlinks=False)
-    except FileNotFoundError:
-        current = None
-    if current is None or not os.path.samestat(current, os.fstat(folder)):
-        raise StorageError(Reason.TARGET_BUSY, "another process has just finished this artifact", uri=str(place))
-
-
-def _copy_all(tree: SourceTree, files: tuple[SourceFile, ...], staging: int, request: UploadRequest) -> list[StoredFile]:
-    meter = Meter(request.report)
-    meter.start(Stage.UPLOADING, len(files), sum(file.size for file in files))
-    remove_except(staging, {file.path for file in files})
-    stored = []
-    for file in files:
-        with tree.open(file) as source:
-            digest = _copy(source, staging, request, meter)
-        stored.append(StoredFile(path=file.path, size=file.size, sha256=digest, mode=file.mode, mtime_ns=file.mtime_ns))
-        meter.add(0, files=1)
-    meter.stage(Stage.VERIFYING)
-    for one in stored:
-        with open_file(staging, one.path, os.O_RDONLY) as descriptor:
-            if (size := os.fstat(descriptor).st_size) != one.size:
-                raise StorageError(Reason.INTEGRITY_MISMATCH, f"'{one.path}' has {size} bytes after {one.size} were written")
-    return stored
-
-
-def _copy(source: OpenFile, staging: int, request: UploadRequest, meter: Meter) -> str:
-    """Copy one file durably; what an earlier attempt left is rewritten only where it differs."""
-    file, digest = source.file, hashlib.sha256()
-    parent, _, _ = file.path.rpartition("/")
-    os.close(make_below(staging, parent))
-    with open_file(staging, file.path, os.O_RDWR | os.O_CREAT, 0o666) as target:
-        for offset in range(0, file.size, CHUNK):
-            if request.cancelled.is_set():
-                raise Cancelled
-            body = source.read(offset, min(CHUNK, file.size - offset))
-            digest.update(body)
-            if os.pread(target, len(body), offset) != body:
-                write_all(target, body, offset)
-            meter.add(len(body))
-        os.ftruncate(target, file.size)
-        source.check_unchanged()
-        os.utime(target, ns=(file.mtime_ns, file.mtime_ns))
-        os.fsync(target)
-    return digest.hexdigest()
+def _fill(staging: int, tree: SourceTree, listing: Listing, request: UploadRequest) -> FileTable:
+    """Copy a source into its staging folder; what it holds then."""
+    files = stage_all(tree, listing.files, staging, request)
+    if tree.scan().fingerprint != listing.fingerprint:
+        raise StorageError(Reason.SOURCE_CHANGED, "files were added, removed or written while the checkpoint was stored")
+    for path in listing.empty_directories:
+        os.close(make_below(staging, path))
+    for link in listing.links:
+        make_link(staging, link.path, link.target)
+    return FileTable(files=files, links=list(listing.links), empty_directories=list(listing.empty_directories))
 
 
 def _hash_all(tree: SourceTree, files: tuple[SourceFile, ...], request: UploadRequest) -> FileTable:
-    listing, stored = tree.scan(), []
-    for file in files:
+    listing, digests = tree.scan(), {}
+
+    def hash_one(file: SourceFile) -> None:
         digest = hashlib.sha256()
         with tree.open(file) as source:
             for offset in range(0, file.size, CHUNK):
@@ -366,67 +303,14 @@ def _hash_all(tree: SourceTree, files: tuple[SourceFile, ...], request: UploadRe
                     raise Cancelled
                 digest.update(source.read(offset, min(CHUNK, file.size - offset)))
             source.check_unchanged()
-        stored.append(StoredFile(path=file.path, size=file.size, sha256=digest.hexdigest()))
-    return FileTable(files=stored, links=list(listing.links), empty_directories=list(listing.empty_directories))
+        digests[file.path] = digest.hexdigest()
 
-
-def _delete(parent: int, name: str, place: TargetURI, request: DeleteRequest) -> str:
-    with ExitStack() as stack:
-        folder = os.open(name, DIRECTORY, dir_fd=parent)
-        stack.callback(os.close, folder)
-        _lock(folder, place)
-        try:
-            seen = _read_manifest(folder, DELETING_NAME, place)
-            visible = _read_manifest(folder, MARKER_NAME, place) if seen is None else None
-        except ForeignMarker:
-            return "left alone: the .metadata.json there was not written by this software"
-        found = seen or visible
-        if found is None or not isinstance(found.marker, Manifest):
-            return "nothing is left there"
-        manifest = found.marker
-        if request.uid and manifest.artifact_uid != request.uid:
-            return f"left alone: it belongs to artifact {manifest.artifact_uid}"
-        check_names(manifest)
-        if visible is not None:
-            if request.keep_committed:
-                return "the committed checkpoint was kept (deletionPolicy: Retain)"
-            os.rename(MARKER_NAME, DELETING_NAME, src_dir_fd=folder, dst_dir_fd=folder)
-            os.fsync(folder)
-        table = manifest.table
-        for path in (*(file.path for file in table.files), *(link.path for link in table.links)):
-            unlink_below(folder, path)
-        for path in _folders_of(table):
-            above, _, last = path.rpartition("/")
-            with suppress(OSError), opened_below(folder, above) as directory:
-                os.rmdir(last, dir_fd=directory)
-        # Last: without it nobody knows what else is ours, and folders that are left would block the place for ever.
-        os.unlink(DELETING_NAME, dir_fd=folder)
-        with suppress(OSError):
-            os.rmdir(name, dir_fd=parent)
-        return "nothing is left there"
-
-
-def _folders_of(table: FileTable) -> list[str]:
-    """Every folder that the table implies, deepest first."""
-    folders: set[str] = set()
-    for path in (
-        *table.empty_directories,
-        *(os.path.dirname(file.path) for file in table.files),
-        *(os.path.dirname(link.path) for link in table.links),
-    ):
-        while path:
-            folders.add(path)
-            path = os.path.dirname(path)
-    return sorted(folders, key=lambda path: (-path.count("/"), path))
-
-
-def _remove_staging(parent: int, uid: str, place: TargetURI) -> None:
-    with suppress(FileNotFoundError), ExitStack() as stack:
-        folder = os.open(PARTIAL + uid, DIRECTORY, dir_fd=parent)
-        stack.callback(os.close, folder)
-        _lock_staging(parent, folder, uid, place)
-        remove_except(folder, set())
-        os.rmdir(PARTIAL + uid, dir_fd=parent)
+    for_each(hash_one, files, workers=WORKERS, name="hash")
+    return FileTable(
+        files=[StoredFile(path=file.path, size=file.size, sha256=digests[file.path]) for file in files],
+        links=list(listing.links),
+        empty_directories=list(listing.empty_directories),
+    )
 
 
 @contextmanager
@@ -435,7 +319,12 @@ def _errors(uri: TargetURI, operation: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = _REASONS.get(error.errno or 0, Reason.REQUEST_REJECTED)
+        number = error.errno or 0
+        way_out = f": {_WAYS_OUT[number]}" if number in _WAYS_OUT else ""
         raise StorageError(
-            reason, f"{operation} at {uri} failed: {error.strerror}", uri=str(uri), backend="file", operation=operation
+            _REASONS.get(number, Reason.REQUEST_REJECTED),
+            f"{operation} at {uri} failed: {error.strerror}{way_out}",
+            uri=str(uri),
+            backend="file",
+            operation=operation,
         ) from error

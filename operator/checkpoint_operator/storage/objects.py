@@ -1,9 +1,11 @@
 """Artifacts in an object store: drives the commit protocol against any :class:`ObjectStore`."""
 
 import secrets
+import threading
 import uuid
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypeVar
@@ -14,16 +16,18 @@ from checkpoint_operator.api.names import MARKER_NAME, PROBE_PREFIX
 from checkpoint_operator.api.protocol import Layout, Stored
 from checkpoint_operator.api.uris import TargetURI, bad_segment
 from checkpoint_operator.storage import commit, marker
-from checkpoint_operator.storage.backend import DeleteRequest, Report, UploadRequest
+from checkpoint_operator.storage.backend import DeleteRequest, OnProgress, UploadRequest
 from checkpoint_operator.storage.commit import Claimant, Found
 from checkpoint_operator.storage.download import download
 from checkpoint_operator.storage.errors import StorageError
 from checkpoint_operator.storage.manifest import FileTable, StoredFile, content_digest
 from checkpoint_operator.storage.marker import Manifest, Marker, Seen
 from checkpoint_operator.storage.meter import Meter
+from checkpoint_operator.storage.ranges import Fetch
 from checkpoint_operator.storage.source import Listing, SourceTree
 from checkpoint_operator.storage.store import Buffer, ObjectStore, Upload
 from checkpoint_operator.storage.transfer import FILES_AT_ONCE, STREAMS, Transfer
+from checkpoint_operator.storage.verify import Held, verify
 
 MAX_OBJECT_BYTES = 5 << 40  # what every S3 takes; with 10,000 parts it also bounds a part, and so our memory
 
@@ -103,14 +107,40 @@ class ObjectStoreBackend:
             uri=str(place),
         )
 
-    def download_artifact(self, uri: TargetURI, destination: Path, report: Report | None = None) -> ArtifactMetadata:
-        store, manifest = self._open_store(uri), self.get_manifest(uri)
+    def download_artifact(
+        self,
+        uri: TargetURI,
+        destination: Path,
+        progress: OnProgress | None = None,
+        cancelled: threading.Event | None = None,
+    ) -> ArtifactMetadata:
+        manifest = self.get_manifest(uri)
+        download(manifest, self._fetch_from(uri), destination, Meter(progress), cancelled)
+        return manifest.metadata
+
+    def verify_artifact(
+        self,
+        uri: TargetURI,
+        manifest_digest: str | None = None,
+        progress: OnProgress | None = None,
+        cancelled: threading.Event | None = None,
+    ) -> Manifest:
+        store = self._open_store(uri)
+        seen = _read_marker(store, uri)
+        manifest = require_manifest(seen, uri)
+        assert seen is not None
+        prefix = f"{uri.path}/"
+        held = Held(replace(entry, key=entry.key.removeprefix(prefix)) for entry in store.list(prefix))
+        verify(manifest, seen.digest, manifest_digest, held, self._fetch_from(uri), Meter(progress), cancelled)
+        return manifest
+
+    def _fetch_from(self, uri: TargetURI) -> Fetch:
+        store = self._open_store(uri)
 
         def fetch(file: StoredFile, start: int, length: int) -> Buffer:
             return store.fetch(f"{uri.path}/{file.path}", file.token, start, length)
 
-        download(manifest, fetch, destination, Meter(report))
-        return manifest.metadata
+        return fetch
 
     def delete_artifact(self, request: DeleteRequest) -> str:
         store = self._open_store(request.uri)
