@@ -169,11 +169,10 @@ def test_the_librarys_default_finds_the_store_by_the_environment(
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", object_store.access_key)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", object_store.secret_key)
     monkeypatch.setenv("S3_ENDPOINT_URL", object_store.endpoint)
-    manager = StorageManager()
-    assert manager.upload(source, str(s3_world.uri())) == str(s3_world.uri())
+    assert StorageManager().upload(source, str(s3_world.uri())) == str(s3_world.uri())
     monkeypatch.setenv("S3_ENDPOINT_URL", closed_port())
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", object_store.endpoint)
-    assert manager.get_metadata(str(s3_world.uri())).size_bytes == 9
+    assert StorageManager().get_metadata(str(s3_world.uri())).size_bytes == 9
 
 
 def test_a_key_that_would_be_too_long_is_refused_before_the_first_byte(s3_world: S3World, tmp_path: Path) -> None:

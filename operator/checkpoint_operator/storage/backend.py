@@ -27,8 +27,6 @@ from checkpoint_operator.storage.source import Selection
 OnProgress = Callable[[Progress], None]
 """Told how far a transfer is: at the start and the end of each stage, and at most once a second between. Any thread."""
 
-Report = OnProgress  # until the backends say OnProgress
-
 
 @dataclass(frozen=True)
 class UploadRequest:
@@ -55,10 +53,6 @@ class UploadRequest:
     keep_parts: bool = False
     on_write: Callable[[], None] = lambda: None
     """Called before anything is written to the store: what fails earlier leaves nothing to clean up."""
-
-    @property
-    def report(self) -> OnProgress | None:
-        return self.progress
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ from checkpoint_operator.storage.folders import (
     unlink_below,
     write_durably,
 )
+from checkpoint_operator.storage.listing import read_in_order
 from checkpoint_operator.storage.manifest import FileTable, StoredFile, content_digest
 from checkpoint_operator.storage.marker import Manifest, Seen
 from checkpoint_operator.storage.meter import Meter
@@ -192,21 +193,31 @@ class LocalStorageBackend:
     def list_artifacts(
         self, uri: TargetURI, artifact_type: str | None = None, prefix: str = ""
     ) -> Iterator[ArtifactMetadata]:
-        top = os.path.join(self._root, uri.path)
-        for folder, folders, files in os.walk(top):
-            folders[:] = sorted(name for name in folders if not name.startswith(PARTIAL))
-            relative = os.path.relpath(folder, top)
-            if MARKER_NAME not in files or not f"{'' if relative == '.' else relative}/".startswith(prefix):
-                continue
-            place = TargetURI(uri.scheme, "", os.path.relpath(folder, self._root))
+        def read(place: TargetURI) -> ArtifactMetadata | None:
             try:
                 metadata = self.get_metadata(place)
             except StorageError as error:
                 if error.reason not in (Reason.NOT_FOUND, Reason.TARGET_NOT_EMPTY):
                     raise
-                continue  # gone by now, or somebody else's .metadata.json
-            if artifact_type in (None, metadata.artifact_type):
-                yield metadata.replace(storage_path=str(place))
+                return None  # gone by now, or somebody else's .metadata.json
+            return metadata.replace(storage_path=str(place)) if artifact_type in (None, metadata.artifact_type) else None
+
+        return read_in_order(self._marked(uri, prefix), read)
+
+    def _marked(self, uri: TargetURI, prefix: str) -> Iterator[TargetURI]:
+        """Folders with a marker, in the order of the walk; those that cannot begin with the prefix are not entered."""
+        top = os.path.join(self._root, uri.path)
+        for folder, folders, files in os.walk(top):
+            below = "" if folder == top else f"{os.path.relpath(folder, top)}/"
+            folders[:] = sorted(
+                name
+                for name in folders
+                if not name.startswith(PARTIAL)
+                and (f"{below}{name}/".startswith(prefix) or prefix.startswith(f"{below}{name}/"))
+            )
+            path = os.path.relpath(folder, self._root)
+            if MARKER_NAME in files and below.startswith(prefix) and path != ".":
+                yield TargetURI(uri.scheme, "", path)
 
     def get_metadata(self, uri: TargetURI) -> ArtifactMetadata:
         return self.get_manifest(uri).metadata

@@ -20,6 +20,7 @@ from checkpoint_operator.storage.backend import DeleteRequest, OnProgress, Uploa
 from checkpoint_operator.storage.commit import Claimant, Found
 from checkpoint_operator.storage.download import download
 from checkpoint_operator.storage.errors import StorageError
+from checkpoint_operator.storage.listing import read_in_order
 from checkpoint_operator.storage.manifest import FileTable, StoredFile, content_digest
 from checkpoint_operator.storage.marker import Manifest, Marker, Seen
 from checkpoint_operator.storage.meter import Meter
@@ -173,22 +174,26 @@ class ObjectStoreBackend:
         driver = _Driver(store, place, uid, None, None, lambda: store)
         return driver.run(commit.delete(who, str(place), keep_committed=request.keep_committed)).message
 
-    def list_artifacts(self, prefix: TargetURI, artifact_type: str | None = None) -> Iterator[ArtifactMetadata]:
-        store = self._open_store(prefix)
-        for entry in store.list(f"{prefix.path}/" if prefix.path else ""):
-            folder, _, name = entry.key.rpartition("/")
-            if name != MARKER_NAME or not folder:
-                continue
+    def list_artifacts(
+        self, uri: TargetURI, artifact_type: str | None = None, prefix: str = ""
+    ) -> Iterator[ArtifactMetadata]:
+        store = self._open_store(uri)
+
+        def read(place: TargetURI) -> ArtifactMetadata | None:
             try:
-                seen = _read_marker(store, TargetURI(prefix.scheme, prefix.bucket, folder))
+                seen = _read_marker(store, place)
             except StorageError as error:
                 if error.reason is not Reason.TARGET_NOT_EMPTY:
                     raise
-                continue  # somebody else's .metadata.json
-            if seen and isinstance(seen.marker, Manifest):
-                metadata = seen.marker.metadata
-                if artifact_type in (None, metadata.artifact_type):
-                    yield metadata
+                return None  # somebody else's .metadata.json
+            if not (seen and isinstance(seen.marker, Manifest)):
+                return None
+            metadata = seen.marker.metadata
+            return metadata.replace(storage_path=str(place)) if artifact_type in (None, metadata.artifact_type) else None
+
+        keys = (entry.key.rpartition("/") for entry in store.list((f"{uri.path}/" if uri.path else "") + prefix))
+        folders = (folder for folder, _, name in keys if name == MARKER_NAME and folder)
+        return read_in_order((TargetURI(uri.scheme, uri.bucket, folder) for folder in folders), read)
 
     def get_metadata(self, uri: TargetURI) -> ArtifactMetadata:
         return self.get_manifest(uri).metadata
