@@ -88,7 +88,6 @@ def test_every_ending_of_a_crowded_place_is_one_that_the_design_names() -> None:
         "kept",
         "TargetBusy",
         "TargetExists",
-        "TargetNotEmpty",
     }
 
 

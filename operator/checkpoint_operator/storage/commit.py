@@ -194,7 +194,12 @@ def upload(who: Claimant, uri: str) -> Steps:
 
 
 def _claim(who: Claimant, uri: str) -> Look:
-    if (yield from _list()):
+    if found := (yield from _list()):
+        # Somebody may have claimed the place since our look, and these be theirs. What lay there before and after a moment
+        # without a marker is nobody's.
+        now = yield from _read()
+        if now is not None or not set(found) & set((yield from _list())):
+            return now
         raise StorageError(
             Reason.TARGET_NOT_EMPTY,
             "there are objects at the target that belong to no checkpoint: choose another URI",
