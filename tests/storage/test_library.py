@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 from s3_world import S3World
-from storage_world import CHECKPOINT, MIB, REPOSITORY, World, make, tree
+from storage_world import CHECKPOINT, MIB, REPOSITORY, FileWorld, World, make, tree
 
 import local_cluster as lc
 from checkpoint_operator.api.errors import Reason
@@ -56,6 +56,8 @@ def assert_invisible(world: World, name: str = "run") -> None:
     assert list(world.manager().list(world.base)) == []
     if isinstance(world, S3World):
         assert world.uploads() == []
+    if isinstance(world, FileWorld):
+        assert world.paths() == []
 
 
 # ---- The round

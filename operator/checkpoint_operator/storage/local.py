@@ -47,6 +47,7 @@ from checkpoint_operator.storage.volume import (
     PARTIAL,
     busy,
     contents,
+    empty_staging,
     read_manifest,
     read_marker,
     read_range,
@@ -94,7 +95,7 @@ class LocalStorageBackend:
             if seen is not None:
                 return _judge(seen, uid, lambda: content_digest(_hash_all(tree, listing.files, request)), place)
             request.on_write()
-            staging = stack.enter_context(_staging(parent, uid, place))
+            staging = stack.enter_context(_staging(parent, uid, place, keep=request.keep_parts))
             table = _fill(staging, tree, listing, request)
             manifest = Manifest(
                 artifact_uid=uid,
@@ -279,8 +280,11 @@ def _judge(seen: Seen, uid: str, digest: Callable[[], str], place: TargetURI) ->
 
 
 @contextmanager
-def _staging(parent: int, uid: str, place: TargetURI) -> Iterator[int]:
-    """The locked staging folder of an artifact; an earlier attempt's is taken over."""
+def _staging(parent: int, uid: str, place: TargetURI, *, keep: bool) -> Iterator[int]:
+    """The locked staging folder of an artifact; an earlier attempt's is taken over.
+
+    ``keep``: whether one that was cancelled leaves it for the next attempt.
+    """
     with ExitStack() as stack:
         folder = open_directory_in(stack, parent, PARTIAL + uid)
         if folder is None:
@@ -288,7 +292,12 @@ def _staging(parent: int, uid: str, place: TargetURI) -> Iterator[int]:
         with suppress(FileNotFoundError):
             # A manifest of an earlier attempt describes that attempt's files.
             os.unlink(MARKER_NAME, dir_fd=folder)
-        yield folder
+        try:
+            yield folder
+        except (Cancelled, KeyboardInterrupt):
+            if not keep:
+                empty_staging(parent, uid, folder)
+            raise
 
 
 def _fill(staging: int, tree: SourceTree, listing: Listing, request: UploadRequest) -> FileTable:

@@ -195,5 +195,10 @@ def remove_staging(parent: int, uid: str, place: TargetURI) -> None:
         folder = hold(stack, os.open(name, DIRECTORY, dir_fd=parent))
         if not lock_named(parent, name, folder):
             raise busy(place)
-        remove_except(folder, set())
-        os.rmdir(name, dir_fd=parent)
+        empty_staging(parent, uid, folder)
+
+
+def empty_staging(parent: int, uid: str, folder: int) -> None:
+    """Remove the staging folder that the caller has locked, and everything in it."""
+    remove_except(folder, set())
+    os.rmdir(PARTIAL + uid, dir_fd=parent)
