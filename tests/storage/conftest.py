@@ -23,7 +23,7 @@ from versity_world import versitygw as versitygw
 from versity_world import versitygw_world as versitygw_world
 
 from checkpoint_operator.api.protocol import TargetOptions
-from checkpoint_operator.storage import objects
+from checkpoint_operator.storage import objects, staging
 
 WORLDS = ["file", "s3", "gcs", "azure"]
 
@@ -56,6 +56,7 @@ def sequential(monkeypatch: pytest.MonkeyPatch) -> None:
     """One file after the other, so that a cue at the n-th look always comes at the same byte."""
     monkeypatch.setattr(objects, "FILES_AT_ONCE", 1)
     monkeypatch.setattr(objects, "STREAMS", 1)
+    monkeypatch.setattr(staging, "WORKERS", 1)
 
 
 @pytest.fixture

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from storage_world import CHECKPOINT, MARKER, MIB, FileWorld, OnLook, make, refused, tree
 
 from checkpoint_operator.api.errors import Reason
 from checkpoint_operator.api.protocol import Layout, Progress, Stage
-from checkpoint_operator.storage import StorageError, folders, volume
+from checkpoint_operator.storage import StorageError, folders, staging, volume
 from checkpoint_operator.storage.errors import Cancelled
 from checkpoint_operator.storage.manifest import FileTable, Link, StoredFile
 from checkpoint_operator.storage.marker import encode
+from checkpoint_operator.storage.source import OpenFile
 
 STAGING = ".partial-uid-a"
 
@@ -281,24 +285,193 @@ def test_a_removal_waits_for_whoever_holds_the_artifact(file_world: FileWorld, s
     assert file_world.delete() == "nothing is left there"
 
 
-def test_a_disk_that_is_full_is_no_verdict(file_world: FileWorld, tmp_path: Path) -> None:
-    source = make(tmp_path / "source", {"big": b"x" * (3 * MIB)})
-    script = (
-        "import sys\n"
-        "from checkpoint_operator.storage import StorageError, StorageManager, TargetOptions\n"
-        "try:\n"
-        "    StorageManager(TargetOptions(file_root=sys.argv[1])).upload(sys.argv[2], sys.argv[3], uid='uid-a')\n"
-        "except StorageError as error:\n"
-        "    print(error.reason, error.retryable)\n"
-    )
-    small_disk = 'mount -t tmpfs -o size=1m small "$1" || exit 77; shift; exec "$@"'
-    command = [sys.executable, "-c", script, str(file_world.root), str(source), str(file_world.uri())]
+# ---- Copies
+
+
+def interrupted(file_world: FileWorld, source: Path, look: int) -> Path:
+    with pytest.raises(Cancelled):
+        file_world.upload(source, cancelled=OnLook(look))
+    return file_world.place / STAGING
+
+
+class Reads:
+    """Counts what is read of the source: every way that a copy may take."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.paths: list[str] = []
+        real = staging._copy
+
+        def counted(source: OpenFile, *arguments: Any) -> str:
+            self.paths.append(source.file.path)
+            return real(source, *arguments)
+
+        monkeypatch.setattr(staging, "_copy", counted)
+
+
+@pytest.mark.usefixtures("sequential")
+def test_what_was_staged_is_not_read_again_unless_its_source_or_its_copy_has_changed(
+    file_world: FileWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = make(tmp_path / "source", {f"{n}.bin": bytes([n]) * 100 for n in range(6)})
+    staged = interrupted(file_world, source, 6)
+    # Each with the size and the mtime that it had: an rsync, and somebody on the volume.
+    for path in (source / "1.bin", staged / "2.bin"):
+        before = path.stat()
+        path.write_bytes(b"x" * 100)
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    os.link(staged / "3.bin", file_world.work / "second-name")
+    reads = Reads(monkeypatch)
+    file_world.upload(source)
+    assert reads.paths == ["1.bin", "2.bin", "3.bin", "5.bin"]
+    assert tree(file_world.download()) == tree(source)
+    file_world.backend.verify_artifact(file_world.uri())
+
+
+@pytest.mark.usefixtures("sequential")
+@pytest.mark.parametrize("damage", [b"", b"\xff\x00[]\nnull\n[1]\n[1,2,3,4]\n", None], ids=["empty", "nonsense", "gone"])
+def test_a_journal_that_says_nothing_costs_a_copy_and_nothing_else(
+    file_world: FileWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: bytes | None
+) -> None:
+    source = make(tmp_path / "source", {f"{n}.bin": bytes([n]) * 100 for n in range(4)})
+    journal = interrupted(file_world, source, 3) / staging.JOURNAL
+    journal.unlink()
+    if damage is not None:
+        journal.write_bytes(damage)
+    reads = Reads(monkeypatch)
+    file_world.upload(source)
+    assert len(reads.paths) == 4
+    assert file_world.paths() == [f"run/{MARKER}", *(f"run/{n}.bin" for n in range(4))]
+
+
+@pytest.mark.parametrize("number", [errno.EXDEV, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.EIO, None])
+def test_where_the_kernel_cannot_copy_it_is_read_and_written(
+    file_world: FileWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int | None
+) -> None:
+    content = os.urandom(MIB) * 20 + b"tail"
+    source = make(tmp_path / "source", {"big": content, "small": b"x"})
+    real, calls = os.copy_file_range, 0
+
+    def refusing(*arguments: int) -> int:
+        """Copies a piece and a half, then says that it cannot (None: that nothing was copied)."""
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            return real(*arguments)
+        if calls == 2:
+            return real(arguments[0], arguments[1], arguments[2] // 2, *arguments[3:])
+        if number is None:
+            return 0
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "copy_file_range", refusing)
+    monkeypatch.setattr(staging, "WORKERS", 1)
+    file_world.upload(source)
+    assert calls >= 3
+    assert file_world.get("run/big") == content
+    file_world.backend.verify_artifact(file_world.uri())
+
+
+@pytest.mark.skipif(not os.access("/dev/shm", os.W_OK), reason="needs a second file system")
+def test_a_source_on_another_file_system_is_stored_the_same(file_world: FileWorld) -> None:
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as other:
+        source = make(Path(other) / "source", {"big": os.urandom(MIB) * 9 + b"x", "sub/small": b"y", "empty": b""})
+        file_world.upload(source)
+        assert tree(file_world.download()) == tree(source)
+
+
+def test_a_sparse_file_of_three_gibibytes_takes_no_more_room_than_it_has_data(file_world: FileWorld, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    with (source / "sparse.bin").open("wb") as file:
+        file.truncate(3 << 30)
+        for place in (5, (1 << 30) - 3, (3 << 30) - 9):
+            file.seek(place)
+            file.write(b"islands")
+    file_world.upload(source)
+    copy = file_world.place / "run" / "sparse.bin"
+    assert copy.stat().st_size == 3 << 30
+    assert copy.stat().st_blocks * 512 < 256 * MIB
+    with copy.open("rb") as file:
+        for place in (5, (1 << 30) - 3, (3 << 30) - 9):
+            file.seek(place)
+            assert file.read(7) == b"islands"
+
+
+def test_a_hole_that_is_none_is_copied_all_the_same(
+    file_world: FileWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # File systems have reported holes where data was that had not reached the disk yet.
+    source = make(tmp_path / "source", {"big": os.urandom(MIB) * 20})
+    monkeypatch.setattr(staging, "_next_data", lambda descriptor, start, size: (size, size))
+    file_world.upload(source)
+    assert tree(file_world.download()) == tree(source)
+
+
+def test_the_first_file_that_fails_ends_the_upload_and_nothing_is_visible(file_world: FileWorld, tmp_path: Path) -> None:
+    source = make(tmp_path / "source", {f"{n:03}": b"x" * 100 for n in range(200)})
+    read: list[int] = []
+
+    def vanish(progress: Progress) -> None:
+        read.append(progress.files_done)
+        (source / "003").unlink(missing_ok=True)
+
+    with refused(Reason.SOURCE_CHANGED):
+        file_world.upload(source, progress=vanish)
+    assert not (file_world.place / "run").exists()
+
+
+# ---- Disks that refuse
+
+UPLOAD = """
+import sys
+from checkpoint_operator.storage import StorageError, StorageManager, TargetOptions
+manager = StorageManager(TargetOptions(file_root=sys.argv[1]))
+try:
+    manager.upload(sys.argv[2], sys.argv[3], uid="uid-a")
+except StorageError as error:
+    print(error.code, error.reason, error.retryable, error.message)
+print([found.storage_path for found in manager.list("file:///team/")])
+"""
+
+
+def upload_to_disk(file_world: FileWorld, source: Path, options: str, between: str = ":") -> list[str]:
+    """Upload twice to a volume that is a disk of its own, mounted with these options; ``between`` is run in the middle."""
+    script = f"""
+        mount -t tmpfs -o size=1m,{options} small {file_world.root} || exit 77
+        "$@"; {between} || exit 77; "$@"
+    """
+    command = [sys.executable, "-c", UPLOAD, str(file_world.root), str(source), str(file_world.uri())]
     done = subprocess.run(
-        ["unshare", "--map-root-user", "--mount", "sh", "-c", small_disk, "sh", str(file_world.root), *command],
+        ["unshare", "--map-root-user", "--mount", "sh", "-c", script, "sh", *command],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
     )
     if done.returncode == 77 or "unshare" in done.stderr:
-        pytest.skip(f"no small disk can be mounted here: {done.stderr.strip()}")
-    assert done.stdout == "StoreUnavailable True\n", done.stderr
+        pytest.skip(f"no disk can be mounted here: {done.stderr.strip()}")
+    assert not done.stderr
+    return done.stdout.splitlines()
+
+
+def test_a_volume_that_is_full_is_no_verdict_shows_nothing_and_the_upload_goes_on_when_there_is_room(
+    file_world: FileWorld, tmp_path: Path
+) -> None:
+    source = make(tmp_path / "source", {"big": b"x" * (3 * MIB), "small": b"y"})
+    first, nothing, there = upload_to_disk(file_world, source, "mode=0755", f"mount -o remount,size=9m {file_world.root}")
+    assert first.startswith("RLHF059 StoreUnavailable True")
+    assert "No space left on device: make room on the volume" in first
+    assert (nothing, there) == ("[]", f"['{file_world.uri()}']")
+
+
+def test_a_volume_that_is_read_only_says_so(file_world: FileWorld, source: Path) -> None:
+    first, nothing, *_ = upload_to_disk(file_world, source, "ro")
+    assert first.startswith("RLHF058 CredentialsRefused False")
+    assert "Read-only file system: mount the volume writable" in first
+    assert nothing == "[]"
+
+
+def test_a_volume_without_room_for_another_file_is_no_verdict(file_world: FileWorld, tmp_path: Path) -> None:
+    source = make(tmp_path / "source", {f"{n}": b"x" for n in range(50)})
+    first, nothing, *_ = upload_to_disk(file_world, source, "nr_inodes=20")
+    assert first.startswith("RLHF059 StoreUnavailable True")
+    assert nothing == "[]"
