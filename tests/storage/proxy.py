@@ -25,6 +25,8 @@ from botocore.auth import S3SigV4Auth
 from botocore.awsrequest import AWSRequest
 from botocore.credentials import Credentials
 
+from checkpoint_operator.api.names import MARKER_NAME, PROBE_PREFIX
+
 CHUNK = 1 << 16
 _HOP_BY_HOP = {"connection", "keep-alive", "transfer-encoding", "expect"}
 _CONDITIONS = {"if-none-match", "if-match"}
@@ -59,7 +61,7 @@ class Request:
 
 @dataclass
 class Proxy:
-    """``sent`` counts the body bytes that arrived of each (operation, key); ``asked`` the requests of each operation."""
+    """``sent`` counts the body bytes of data that arrived, by (operation, key); ``asked`` the requests of each operation."""
 
     upstream: str
     access_key: str
@@ -73,6 +75,8 @@ class Proxy:
 
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
+        self._running = 0
+        self._ended = threading.Condition()
         self._planned: list[tuple[Fault, Callable[[Request], bool]]] = []
         self._cues: list[tuple[int, Callable[[], object]]] = []
         self.over = threading.Event()
@@ -83,8 +87,24 @@ class Proxy:
             self._planned.append((fault, lambda asked: asked.operation == operation and asked.key.endswith(key)))
 
     def at_byte(self, count: int, action: Callable[[], object]) -> None:
-        """Call ``action`` once, when so many bytes of bodies of data have arrived in all."""
+        """Call ``action`` once, when so many bytes of data have arrived in all."""
         self._cues.append((count, action))
+
+    @contextmanager
+    def handling(self) -> Iterator[None]:
+        with self._ended:
+            self._running += 1
+        try:
+            yield
+        finally:
+            with self._ended:
+                self._running -= 1
+                self._ended.notify_all()
+
+    def wait_idle(self) -> None:
+        """Until the server has answered whatever was still on its way: a killed client's last requests."""
+        with self._ended:
+            assert self._ended.wait_for(lambda: self._running == 0, 60)
 
     @property
     def bytes_of_data(self) -> int:
@@ -102,7 +122,8 @@ class Proxy:
         return None
 
     def count(self, request: Request, size: int) -> None:
-        if request.operation not in ("PutObject", "UploadPart"):
+        is_marker = request.key.rpartition("/")[2].startswith((MARKER_NAME, PROBE_PREFIX))
+        if request.operation not in ("PutObject", "UploadPart") or is_marker:
             return
         with self._lock:
             self.sent[request.operation, request.key] += size
@@ -172,6 +193,10 @@ class _Handler(BaseHTTPRequestHandler):
         """Nobody reads it."""
 
     def handle_any(self) -> None:
+        with self.proxy.handling():
+            self._handle()
+
+    def _handle(self) -> None:
         size = int(self.headers.get("Content-Length", 0))
         request = _understood(self.command, self.path, size)
         fault = self.proxy.fault_of(request)

@@ -28,12 +28,16 @@ def new_secret() -> str:
 
 @dataclass(frozen=True)
 class Identity:
-    """Who may do what. SeaweedFS's actions: Admin, Read, Write, List, Tagging; `Read:b` is for bucket b."""
+    """Who may do what. SeaweedFS's actions: Admin, Read, Write, List, Tagging; `Read:b` is for bucket b.
+
+    `policy`: an IAM policy document (JSON) instead of actions.
+    """
 
     name: str
     actions: tuple[str, ...]
     access_key: str = field(default_factory=new_secret)
     secret_key: str = field(default_factory=new_secret, repr=False)
+    policy: str = ""
 
     @classmethod
     def for_bucket(cls, name: str, bucket: str) -> Identity:
@@ -199,10 +203,12 @@ def _identity_file(identities: dict[str, Identity]) -> str:
             "name": identity.name,
             "credentials": [{"accessKey": identity.access_key, "secretKey": identity.secret_key}],
             "actions": list(identity.actions),
+            **({"policyNames": [identity.name]} if identity.policy else {}),
         }
         for identity in identities.values()
     ]
-    return json.dumps({"identities": listed}, indent=1)
+    policies = [{"name": one.name, "content": one.policy} for one in identities.values() if one.policy]
+    return json.dumps({"identities": listed, "policies": policies}, indent=1)
 
 
 def _weed() -> Path:

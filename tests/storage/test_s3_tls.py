@@ -1,0 +1,89 @@
+"""TLS with an authority that the system does not know: refused as it comes, good once somebody names it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from certificates import make_certificates
+from s3_world import BUCKET, S3World, credentials
+from storage_world import MIB, make, tree
+
+import local_cluster as lc
+from checkpoint_operator.api.errors import Reason
+from checkpoint_operator.api.protocol import TargetOptions
+from checkpoint_operator.storage import StorageError
+
+# A certificate may be renewed on the other side without anybody doing something here, so that both are honest.
+NOT_TRUSTED = (Reason.STORE_UNAVAILABLE, Reason.REQUEST_REJECTED)
+
+
+@pytest.fixture(scope="module")
+def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[lc.VersityGW]:
+    with lc.start_versitygw("tls", tls=make_certificates(tmp_path_factory.mktemp("tls"))) as found:
+        client = found.client()
+        client.create_bucket(Bucket=BUCKET)
+        client.close()
+        yield found
+
+
+@pytest.fixture
+def tls_world(gateway: lc.VersityGW, tmp_path: Path) -> Iterator[S3World]:
+    options = TargetOptions(
+        endpoint=gateway.endpoint,
+        force_path_style=True,
+        credentials_directory=credentials(tmp_path / "credentials", gateway.access_key, gateway.secret_key),
+    )
+    client = gateway.client()
+    yield S3World("tls", f"s3://{BUCKET}/{tmp_path.name}", options, tmp_path, server=gateway, client=client)
+    client.close()
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A file in several parts beside a small one: both go another way than the marker."""
+    return make(tmp_path / "source", {"model.bin": os.urandom(MIB) * 17, "config.json": b"{}"})
+
+
+def test_an_unknown_authority_is_refused_and_named_as_what_is_wrong(tls_world: S3World, source: Path) -> None:
+    assert tls_world.options.endpoint is not None
+    assert tls_world.options.endpoint.startswith("https://")
+    with pytest.raises(StorageError) as caught:
+        tls_world.upload(source)
+    assert caught.value.reason in NOT_TRUSTED
+    assert "certificate" in caught.value.message.lower()
+    assert tls_world.paths() == []
+
+
+def test_the_option_names_the_authority_for_markers_and_bodies_alike(
+    tls_world: S3World, gateway: lc.VersityGW, source: Path
+) -> None:
+    tls_world.options = tls_world.options.replace(ca_bundle=str(gateway.ca))
+    tls_world.upload(source)
+    assert tree(tls_world.download()) == tree(source)
+
+
+def test_the_sdks_own_variable_names_it_as_well(
+    tls_world: S3World, gateway: lc.VersityGW, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_CA_BUNDLE", str(gateway.ca))
+    tls_world.upload(source)
+    assert tree(tls_world.download()) == tree(source)
+
+
+def test_another_authority_does_not_help(tls_world: S3World, source: Path, tmp_path: Path) -> None:
+    other = make_certificates(tmp_path / "other")
+    tls_world.options = tls_world.options.replace(ca_bundle=str(other.ca))
+    with pytest.raises(StorageError) as caught:
+        tls_world.upload(source)
+    assert caught.value.reason in NOT_TRUSTED
+    assert tls_world.paths() == []
+
+
+def test_a_bundle_that_is_not_there_is_named(tls_world: S3World, source: Path) -> None:
+    tls_world.options = tls_world.options.replace(ca_bundle="/nowhere/ca.pem")
+    with pytest.raises(StorageError, match=r"/nowhere/ca\.pem") as caught:
+        tls_world.upload(source)
+    assert caught.value.reason is Reason.REQUEST_REJECTED
