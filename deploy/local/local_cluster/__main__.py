@@ -7,6 +7,7 @@ import signal
 import sys
 
 from . import detached
+from .azurite import ensure_azurite
 from .build import build_versitygw
 from .errors import LocalClusterError
 from .gcs import build_fake_gcs
@@ -24,6 +25,7 @@ def prepare() -> None:
         print(programs_dir(say))
     print(build_versitygw(say))
     print(build_fake_gcs(say))
+    print(ensure_azurite(say))
 
 
 def main(arguments: list[str] | None = None) -> int:
