@@ -167,7 +167,7 @@ class Bucket:
                 body = answer.raw.read(size, decode_content=False) if read else b""
                 if read and len(body) != size:
                     raise ConnectionError(f"the answer ended after {len(body)} of {size} bytes")
-                return body, answer.headers.get("x-goog-generation", ""), size
+                return body, answer.headers.get("x-goog-generation") or generation or "", size
 
         return self._call("fetch" if span else "read", key, self._retrying(receive))
 
@@ -268,7 +268,7 @@ class _Related:
         self.content_type = f'multipart/related; boundary="{boundary}"'
         self._head = (
             f"--{boundary}\r\nContent-Type: application/json; charset=UTF-8\r\n\r\n{json.dumps(resource)}\r\n"
-            f"--{boundary}\r\nContent-Type: application/octet-stream\r\n\r\n"
+            f"--{boundary}\r\nContent-Type: {resource['contentType']}\r\n\r\n"
         ).encode()
         self._body = memoryview(body)
         self._tail = f"\r\n--{boundary}--\r\n".encode()
@@ -347,7 +347,9 @@ def open_bucket(name: str, identity: Identity, options: TargetOptions, workers: 
         raise StorageError(
             Reason.CREDENTIALS_MISSING, f"the credentials cannot be used ({type(error).__name__})", backend="gcs"
         ) from None
-    session = AuthorizedSession(credentials, auth_request=Request(plain), refresh_timeout=TIMEOUT[1])
+    # A 401 is answered with a fresh token and another try, but for who has none.
+    fresh = {"refresh_status_codes": ()} if identity.anonymous else {}
+    session = AuthorizedSession(credentials, auth_request=Request(plain), refresh_timeout=TIMEOUT[1], **fresh)
     for one in (plain, session):
         one.trust_env = not identity.anonymous  # an emulator on loopback is never behind a proxy
         if options.ca_bundle:

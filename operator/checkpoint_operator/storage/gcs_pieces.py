@@ -62,21 +62,22 @@ def parse_piece(name: str, metadata: Mapping[str, str]) -> PieceName | None:
 
 
 def refusal(key: str) -> str | None:
-    """Why Google could not keep this key exactly as it is, or None. https://cloud.google.com/storage/docs/objects#naming"""
+    """Why Google could not keep this key exactly as it is, as the end of "the name …", or None.
+
+    https://cloud.google.com/storage/docs/objects#naming
+    """
     size, folder = len(key.encode()), len(key[: key.rfind("/") + 1].encode())
     if size > MAX_KEY_BYTES:
-        return f"makes a key of {size} bytes, Google Cloud Storage allows {MAX_KEY_BYTES}: use a shorter target.uri"
+        return f"makes a key of {size} bytes, Google Cloud Storage allows {MAX_KEY_BYTES}"
     if folder + _OVERHEAD > MAX_KEY_BYTES:
-        return (
-            f"lies in a folder of {folder} bytes, which leaves no room for the pieces of a large file: at most "
-            f"{MAX_KEY_BYTES - _OVERHEAD} are allowed, use a shorter target.uri"
-        )
+        most = MAX_KEY_BYTES - _OVERHEAD
+        return f"lies in a folder of {folder} bytes, which leaves no room for the pieces of a large file (at most {most})"
     if "\r" in key or "\n" in key:
-        return "has a line break, which Google Cloud Storage refuses: rename it or exclude it"
+        return "has a line break, which Google Cloud Storage refuses"
     if key.startswith(".well-known/acme-challenge/"):
-        return "makes a key that begins with '.well-known/acme-challenge/', which Google reserves: use another target.uri"
+        return "makes a key that begins with '.well-known/acme-challenge/', which Google reserves"
     if key in (".", ".."):
-        return "is '.' or '..', which Google Cloud Storage refuses: rename it or exclude it"
+        return "is '.' or '..', which Google Cloud Storage refuses"
     if _PIECE.fullmatch(key):
-        return "is what this software calls the pieces of an unfinished upload: rename it or exclude it"
+        return "is what this software calls the pieces of an unfinished upload"
     return None
