@@ -71,9 +71,6 @@ REFUSALS: dict[str, Callable[[AzureWorld], object]] = {
         credentials(world.work / "credentials", AZURE_STORAGE_SAS_TOKEN=sas(world.server, "another", "rwdl"))
         and (world.work / "credentials" / "AZURE_STORAGE_KEY").unlink()
     ),
-    "a wrong account": lambda world: setattr(
-        world, "options", world.options.replace(endpoint=world.server.endpoint.replace("localaccount", "otheraccount"))
-    ),
 }
 
 
@@ -98,7 +95,13 @@ def assert_nothing_secret(world: AzureWorld, said: str) -> None:
             secret = file.read_text().strip()
             found = re.search(r"sig=([^&]+)", secret)
             assert (found[1] if found else secret) not in said
-    assert "sig=" not in said
+
+
+def test_an_account_that_does_not_exist_is_named(azure_world: AzureWorld, source: Path) -> None:
+    """As an emulator or a private cloud says it; in the public cloud the account's host name does not resolve."""
+    azure_world.options = azure_world.options.replace(endpoint=azure_world.server.endpoint.replace("local", "other"))
+    with refused(Reason.BUCKET_NOT_FOUND):
+        azure_world.upload(source)
 
 
 def test_a_store_that_is_down_is_no_verdict_and_no_url_is_shown(azure_world: AzureWorld, source: Path) -> None:
@@ -119,7 +122,7 @@ def test_no_log_of_any_level_shows_a_signature(
     with caplog.at_level(logging.DEBUG):
         azure_world.upload(source)
     assert "comp=list" in caplog.text, "urllib3 logs the URLs of requests"
-    assert_nothing_secret(azure_world, caplog.text.replace("sig=***", ""))
+    assert_nothing_secret(azure_world, caplog.text)
 
 
 @pytest.mark.parametrize("name", ["AZURE_STORAGE_KEY", "AZURE_STORAGE_SAS_TOKEN", "AZURE_STORAGE_CONNECTION_STRING"])
@@ -238,7 +241,7 @@ def test_the_servers_certificate_is_checked_against_the_ca_bundle(
         azure_world.upload(source)
         assert tree(azure_world.download()) == tree(source)
         azure_world.options = azure_world.options.replace(ca_bundle=None)
-        with pytest.raises(StorageError, match="CertificateVerif"):
+        with pytest.raises(StorageError, match="CERTIFICATE_VERIFY_FAILED"):
             azure_world.backend.get_metadata(azure_world.uri())
 
 
@@ -385,8 +388,9 @@ def test_an_upload_whose_blocks_somebody_dropped_is_begun_again(azure_world: Azu
     store, key = azure_world.store(), azure_world.prefix + "model.bin"
     upload = store.start_upload(key, "uid")
     parts = send(store, key, upload, [b"one", b"two"])
-    azure_world.put("model.bin", b"another")
-    azure_world.remove("model.bin")
+    blob = azure_world.client.get_blob_client(key)
+    blob.commit_block_list([])
+    blob.delete_blob()
     assert store.list_parts(key, upload) == []
     with pytest.raises(UploadLost):
         store.finish_upload(key, upload, parts, "uid")
@@ -402,10 +406,12 @@ def test_a_finish_never_overwrites(azure_world: AzureWorld) -> None:
     assert azure_world.get("model.bin") == b"another"
 
 
-def test_another_tools_unfinished_blocks_are_named(azure_world: AzureWorld, big_source: Path) -> None:
-    azure_world.client.get_blob_client(azure_world.prefix + "run/model.bin").stage_block("short", b"theirs")
+def test_another_tools_unfinished_blocks_are_named(azure_world: AzureWorld) -> None:
+    store, key = azure_world.store(), azure_world.prefix + "model.bin"
+    azure_world.client.get_blob_client(key).stage_block("short", b"theirs")
+    assert list(store.list_uploads(azure_world.prefix)) == []
     with pytest.raises(StorageError, match="another tool left unfinished blocks"):
-        azure_world.upload(big_source)
+        send(store, key, store.start_upload(key, "uid"), [b"one"])
 
 
 def test_a_large_marker_is_one_request_that_two_writers_cannot_mix(azure_world: AzureWorld) -> None:

@@ -38,7 +38,7 @@ OWNER = "artifactuid"
 headers with an underscore."""
 
 _TAKEN = ("BlobAlreadyExists", "ConditionNotMet")  # or a retry met what the first try had written
-_GONE = ("BlobNotFound", "ResourceNotFound")
+_GONE = ("BlobNotFound",)
 _ETAG = re.compile(r'"[!#-~]*"')
 
 Answer = TypeVar("Answer")
@@ -198,10 +198,15 @@ class AzureStore:
             )
 
         answer = self._ask("put", key, upload, instead_of=_TAKEN)
-        if answer is None:
+        if answer is not None:
+            said = answer.get("content_md5")
+            return Written(_token(answer["etag"]), base64.b64encode(said).decode() if said else None)
+        if self.stat(key) is not None:
             return None
-        said = answer.get("content_md5")
-        return Written(_token(answer["etag"]), base64.b64encode(said).decode() if said else None)
+        # Blocks that an earlier attempt left at this name are no object, but may stand in the way of a Put Blob.
+        upload_id = self.start_upload(key, owner)
+        token = self.put_part(key, upload_id, 1, body, digest)
+        return self.finish_upload(key, upload_id, [Part(1, len(body), token, digest)], owner)
 
     def start_upload(self, key: str, owner: str) -> str:
         return azure_blocks.new_upload_id()

@@ -31,7 +31,7 @@ def connect(uri: TargetURI, options: TargetOptions) -> ContainerClient:
             access.endpoint,
             uri.bucket,
             credential=_credential(access),
-            retry_policy=ExponentialRetry(initial_backoff=1, increment_base=2, retry_total=3, random_jitter_range=1),
+            retry_policy=ExponentialRetry(initial_backoff=0, increment_base=2, retry_total=3, random_jitter_range=1),
             connection_timeout=20,
             read_timeout=60,
             connection_verify=options.ca_bundle or True,

@@ -1,6 +1,7 @@
 """What Azure's refusals mean to us: one table from its codes to our reasons."""
 
 import os
+import ssl
 from collections.abc import Mapping
 
 from azure.core.exceptions import AzureError, ClientAuthenticationError, HttpResponseError
@@ -29,6 +30,7 @@ _REASONS: dict[str, Reason] = {
     "ContainerDisabled": Reason.BUCKET_NOT_FOUND,
     "ContainerNotFound": Reason.BUCKET_NOT_FOUND,
     "InvalidResourceName": Reason.BUCKET_NOT_FOUND,
+    "ResourceNotFound": Reason.BUCKET_NOT_FOUND,  # the account, or a container that one may not see; a blob has its own
     "ConditionHeadersNotSupported": Reason.CONDITIONAL_WRITES_UNSUPPORTED,
     "MultipleConditionHeadersNotSupported": Reason.CONDITIONAL_WRITES_UNSUPPORTED,
     "Crc64Mismatch": Reason.INTEGRITY_MISMATCH,
@@ -98,7 +100,10 @@ def _transport_failure(error: BaseException) -> str:
     innermost: BaseException | None = error
     while innermost is not None:
         error, innermost = innermost, _inner(innermost)
-    text = os.strerror(error.errno) if isinstance(error, OSError) and error.errno and error.errno > 0 else ""
+    if isinstance(error, ssl.SSLError):
+        text = error.reason or ""  # its errno is OpenSSL's
+    else:
+        text = os.strerror(error.errno) if isinstance(error, OSError) and error.errno and error.errno > 0 else ""
     return f"no answer from the account's endpoint ({type(error).__name__}{': ' + text if text else ''})"
 
 
