@@ -1,7 +1,9 @@
 """Google Cloud Storage as two emulators have it, and a proxy before them that says what neither of them can say.
 
 Google's service itself runs nowhere but at Google. What only it can show is marked ``needs_real_gcs`` with the reason; there
-our side is held to answers as Google's reference prints them, given by :class:`Proxy`.
+our side is held to answers as Google's reference prints them, given by :class:`Proxy`. The proxy also judges the conditions
+on compose and delete that fake-gcs-server ignores: what a mover does when they do not hold is then seen in every test, and
+only whether Google judges them in the same way is not.
 """
 
 from __future__ import annotations
@@ -11,12 +13,13 @@ import json
 import re
 import secrets
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, quote, urlsplit
 
 import pytest
 from google.auth.credentials import AnonymousCredentials
@@ -60,15 +63,24 @@ class Rule:
         return json.dumps({"error": {"code": self.status, "message": message, "errors": [one]}}).encode()
 
 
+_HOP_BY_HOP = ("host", "connection", "transfer-encoding")
+_OBJECT = re.compile(r"/storage/v1/b/(?P<bucket>[^/]+)/o/(?P<object>[^/]+)(?P<compose>/compose)?")
+
+
 @dataclass
 class Proxy:
-    """Passes requests on to an emulator, remembers them, counts the bytes of their bodies, and plays answers."""
+    """Passes requests on to an emulator, remembers them, counts the bytes of their bodies, and plays answers.
+
+    ``judges``: conditions on compose and delete are looked at here, with no other write in between.
+    """
 
     emulator: str
+    judges: bool = True
     rules: list[Rule] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
     sent: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
+    _writing: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
         proxy = self
@@ -99,21 +111,57 @@ class Proxy:
             if rule and rule.times:
                 rule.times -= 1
         if rule and rule.status:
-            self._reply(
-                request, rule.status, {"Content-Type": "application/json", "X-GUploader-UploadID": "played"}, rule.answer()
-            )
+            self._refuse(request, rule)
             return
+        with nullcontext() if request.command == "GET" else self._writing:
+            status = self._judge(request.command, request.path, body) if self.judges else None
+            if status is None:
+                headers = {key: value for key, value in request.headers.items() if key.lower() not in _HOP_BY_HOP}
+                answer, content = self._ask(request.command, request.path, body, headers)
+        if status is not None:
+            self._refuse(request, Rule("", status))
+        elif rule:
+            request.close_connection = True  # without a word
+        else:
+            kept = {key: value for key, value in answer.getheaders() if key.lower() not in _HOP_BY_HOP}
+            self._reply(request, answer.status, kept, content)
+
+    def _ask(
+        self, method: str, path: str, body: bytes | None = None, headers: Mapping[str, str] | None = None
+    ) -> tuple[http.client.HTTPResponse, bytes]:
         target = http.client.HTTPConnection(urlsplit(self.emulator).netloc, timeout=60)
-        headers = {key: value for key, value in request.headers.items() if key.lower() not in ("host", "connection")}
-        target.request(request.command, request.path, body, headers)
+        target.request(method, path, body, dict(headers or {}))
         answer = target.getresponse()
         content = answer.read()
         target.close()
-        if rule:
-            request.close_connection = True  # without a word
-            return
-        kept = {key: value for key, value in answer.getheaders() if key.lower() not in ("transfer-encoding", "connection")}
-        self._reply(request, answer.status, kept, content)
+        return answer, content
+
+    def _judge(self, method: str, path: str, body: bytes) -> int | None:
+        """The status of a refusal, as the references of objects.delete and objects.compose have it, or None."""
+        parts = urlsplit(path)
+        found = _OBJECT.fullmatch(parts.path)
+        if found is None or (method, bool(found["compose"])) not in {("DELETE", False), ("POST", True)}:
+            return None
+        bucket = found["bucket"]
+        wanted = parse_qs(parts.query).get("ifGenerationMatch")
+        if wanted and wanted[0] != self._generation(bucket, found["object"]):
+            return 412
+        for source in json.loads(body)["sourceObjects"] if found["compose"] else ():
+            current = self._generation(bucket, quote(source["name"], safe=""))
+            if current == "0":
+                return 404
+            if str(source.get("objectPreconditions", {}).get("ifGenerationMatch", current)) != current:
+                return 412
+        return None
+
+    def _generation(self, bucket: str, name: str) -> str:
+        """In decimal; "0" where there is no such object."""
+        answer, content = self._ask("GET", f"/storage/v1/b/{bucket}/o/{name}")
+        return str(json.loads(content)["generation"]) if answer.status == 200 else "0"
+
+    def _refuse(self, request: BaseHTTPRequestHandler, rule: Rule) -> None:
+        headers = {"Content-Type": "application/json", "X-GUploader-UploadID": "played"}
+        self._reply(request, rule.status, headers, rule.answer())
 
     @staticmethod
     def _reply(request: BaseHTTPRequestHandler, status: int, headers: dict[str, str], content: bytes) -> None:
@@ -184,8 +232,8 @@ def gcp_storage_emulator() -> Iterator[lc.GCSEmulator]:
         yield emulator
 
 
-def _world(kind: str, emulator: lc.GCSEmulator, work: Path) -> Iterator[GCSWorld]:
-    proxy = Proxy(emulator.endpoint)
+def _world(kind: str, emulator: lc.GCSEmulator, work: Path, *, judges: bool) -> Iterator[GCSWorld]:
+    proxy = Proxy(emulator.endpoint, judges=judges)
     client = storage.Client(
         project="test", credentials=AnonymousCredentials(), client_options={"api_endpoint": emulator.endpoint}
     )
@@ -197,9 +245,9 @@ def _world(kind: str, emulator: lc.GCSEmulator, work: Path) -> Iterator[GCSWorld
 
 @pytest.fixture
 def gcs_world(fake_gcs: lc.GCSEmulator, tmp_path: Path) -> Iterator[GCSWorld]:
-    yield from _world("gcs", fake_gcs, tmp_path)
+    yield from _world("gcs", fake_gcs, tmp_path, judges=True)
 
 
 @pytest.fixture
 def gcs_without_conditions_world(gcp_storage_emulator: lc.GCSEmulator, tmp_path: Path) -> Iterator[GCSWorld]:
-    yield from _world("gcs_without_conditions", gcp_storage_emulator, tmp_path)
+    yield from _world("gcs_without_conditions", gcp_storage_emulator, tmp_path, judges=False)

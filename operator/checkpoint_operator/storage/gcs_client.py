@@ -120,6 +120,8 @@ class Bucket:
         client = storage.Client(
             project="unused", credentials=credentials, _http=session, client_options={"api_endpoint": endpoint}
         )
+        # For its traces the client would ask for the bucket's own metadata in a thread: a right more, and nobody traces.
+        client._bucket_metadata_cache = None
         self._bucket, self._client = client.bucket(name), client
         self._retry = DEFAULT_RETRY.with_timeout(DEADLINE).with_delay(initial=0.5, maximum=16.0, multiplier=2.0)
 
