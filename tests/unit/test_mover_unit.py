@@ -143,7 +143,7 @@ BROKEN_PLANS: dict[str, tuple[str | dict[str, Any], Reason, str]] = {
     ),
     "no source": ({"source": None}, Reason.INVALID_SPEC, "source"),
     "a hostile URI": ({"targetURI": "file:///../x"}, Reason.UNSUPPORTED_URI, "'..'"),
-    "a scheme without a backend": ({"targetURI": "gs://bucket/x"}, Reason.BACKEND_NOT_INSTALLED, "gs://"),
+    "a scheme that nobody serves": ({"targetURI": "ftp://bucket/x"}, Reason.UNSUPPORTED_URI, "ftp://"),
     "a source outside of its volume": (
         {"source": {"root": "/tmp", "path": "../etc"}},
         Reason.INVALID_SPEC,

@@ -71,11 +71,14 @@ class FileTable(ApiModel):
         return sum(file.size for file in self.files)
 
 
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+
 def digest_lines(lines: Iterable[Sequence[object]]) -> str:
     """``sha256:…`` over JSON lines: arrays without spaces, non-ASCII characters as they are, one newline each."""
     digest = hashlib.sha256()
     for line in lines:
-        digest.update(json.dumps(line, ensure_ascii=False, separators=(",", ":")).encode())
+        digest.update(_encode(line).encode())
         digest.update(b"\n")
     return f"sha256:{digest.hexdigest()}"
 

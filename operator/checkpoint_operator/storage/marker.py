@@ -81,7 +81,7 @@ class Seen:
 
 def encode(marker: Marker) -> bytes:
     """The bytes of a marker; indented, because people open it."""
-    return (json.dumps(marker.to_wire(), ensure_ascii=False, indent=1) + "\n").encode()
+    return marker.model_dump_json(by_alias=True, exclude_none=True, indent=1).encode() + b"\n"
 
 
 def digest(data: bytes) -> str:

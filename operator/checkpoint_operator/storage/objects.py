@@ -26,7 +26,7 @@ from checkpoint_operator.storage.marker import Manifest, Marker, Seen
 from checkpoint_operator.storage.meter import Meter
 from checkpoint_operator.storage.ranges import Fetch
 from checkpoint_operator.storage.source import Listing, SourceTree
-from checkpoint_operator.storage.store import Buffer, ObjectStore, Upload
+from checkpoint_operator.storage.store import Buffer, Entry, ObjectStore, Upload
 from checkpoint_operator.storage.transfer import FILES_AT_ONCE, STREAMS, Transfer
 from checkpoint_operator.storage.verify import Held, verify
 
@@ -179,9 +179,10 @@ class ObjectStoreBackend:
     ) -> Iterator[ArtifactMetadata]:
         store = self._open_store(uri)
 
-        def read(place: TargetURI) -> ArtifactMetadata | None:
+        def read(entry: Entry) -> ArtifactMetadata | None:
+            place = TargetURI(uri.scheme, uri.bucket, entry.key.removesuffix(f"/{MARKER_NAME}"))
             try:
-                seen = _read_marker(store, place)
+                seen = _read_listed(store, place, entry)
             except StorageError as error:
                 if error.reason is not Reason.TARGET_NOT_EMPTY:
                     raise
@@ -191,9 +192,8 @@ class ObjectStoreBackend:
             metadata = seen.marker.metadata
             return metadata.replace(storage_path=str(place)) if artifact_type in (None, metadata.artifact_type) else None
 
-        keys = (entry.key.rpartition("/") for entry in store.list((f"{uri.path}/" if uri.path else "") + prefix))
-        folders = (folder for folder, _, name in keys if name == MARKER_NAME and folder)
-        return read_in_order((TargetURI(uri.scheme, uri.bucket, folder) for folder in folders), read)
+        entries = store.list((f"{uri.path}/" if uri.path else "") + prefix)
+        return read_in_order((entry for entry in entries if entry.key.endswith(f"/{MARKER_NAME}")), read)
 
     def get_metadata(self, uri: TargetURI) -> ArtifactMetadata:
         return self.get_manifest(uri).metadata
@@ -239,6 +239,18 @@ def _marker_key(place: TargetURI) -> str:
 def _read_marker(store: ObjectStore, place: TargetURI) -> Seen | None:
     found = store.read(_marker_key(place))
     return marker.decode(*found, str(place)) if found else None
+
+
+def _read_listed(store: ObjectStore, place: TargetURI, entry: Entry) -> Seen | None:
+    """A marker that was just listed, by the short way of the data; one that has changed since is looked at anew."""
+    if entry.size > marker.MAX_BYTES:
+        raise marker.too_large(entry.size, str(place))
+    try:
+        return marker.decode(bytes(store.fetch(entry.key, entry.token, 0, entry.size)), entry.token, str(place))
+    except StorageError as error:
+        if error.reason is not Reason.INTEGRITY_MISMATCH:
+            raise
+        return _read_marker(store, place)
 
 
 def stored_at(place: TargetURI, manifest: Manifest, digest: str, *, owner: bool) -> Stored:
@@ -302,6 +314,10 @@ def _by_key(uploads: Iterable[Upload]) -> dict[str, list[Upload]]:
     return found
 
 
+def _written(new: Marker, data: bytes, token: str | None) -> Seen | None:
+    return Seen(new, token, marker.digest(data)) if token else None
+
+
 class _Driver:
     """Answers the requests of :mod:`checkpoint_operator.storage.commit` with a real store and a real source."""
 
@@ -344,9 +360,11 @@ class _Driver:
             case commit.ReadMarker():
                 return _read_marker(self._store, self._place)
             case commit.CreateMarker(new):
-                return self._write(new, self._store.create(_marker_key(self._place), marker.encode(new)))
+                data = marker.encode(new)
+                return _written(new, data, self._store.create(_marker_key(self._place), data))
             case commit.SwapMarker(seen, new):
-                return self._write(new, self._store.swap(_marker_key(self._place), seen.token, marker.encode(new)))
+                data = marker.encode(new)
+                return _written(new, data, self._store.swap(_marker_key(self._place), seen.token, data))
             case commit.RemoveMarker(seen):
                 self._store.remove(_marker_key(self._place), seen.token)
             case commit.ListObjects():
@@ -371,10 +389,6 @@ class _Driver:
             case commit.AbortUploads():
                 self._abort_uploads()
         return None
-
-    @staticmethod
-    def _write(new: Marker, token: str | None) -> Seen | None:
-        return Seen(new, token, marker.digest(marker.encode(new))) if token else None
 
     def _entries(self) -> dict[str, tuple[int, str]]:
         """Path → (size, token) of every data object: no marker, no probes, nothing that belongs to a nested artifact."""

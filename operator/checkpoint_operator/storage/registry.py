@@ -9,7 +9,7 @@ Another package adds a scheme by an entry point; the schemes of this package can
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING
 
 from checkpoint_operator.api.errors import Reason
 from checkpoint_operator.api.protocol import TargetOptions
@@ -20,6 +20,9 @@ from checkpoint_operator.storage.local import LocalStorageBackend
 from checkpoint_operator.storage.objects import ObjectStoreBackend
 from checkpoint_operator.storage.store import ObjectStore
 from checkpoint_operator.storage.transfer import STREAMS
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 ENTRY_POINTS = "checkpoint_operator.backends"
 """The entry point group: the name is the scheme, the value a callable (TargetOptions) -> StorageBackend."""
@@ -68,10 +71,14 @@ def open_backend(scheme: str, options: TargetOptions) -> StorageBackend:
 
 def registered_schemes() -> frozenset[str]:
     """The schemes that other packages add."""
+    from importlib.metadata import entry_points
+
     return frozenset(entry_points(group=ENTRY_POINTS).names) - frozenset(Scheme)
 
 
 def _open_registered(scheme: str, options: TargetOptions) -> StorageBackend:
+    from importlib.metadata import entry_points
+
     found = list(entry_points(group=ENTRY_POINTS, name=scheme))
     if not found:
         raise StorageError(Reason.UNSUPPORTED_URI, f"no package serves {scheme}://: install the one that does")
@@ -95,7 +102,7 @@ def _open_registered(scheme: str, options: TargetOptions) -> StorageBackend:
     return backend
 
 
-def _package(entry: EntryPoint) -> str:
+def _package(entry: "EntryPoint") -> str:
     return entry.dist.name if entry.dist else "unknown"
 
 

@@ -212,12 +212,7 @@ class S3Store:
                 Bucket=self._bucket,
                 Key=key,
                 UploadId=upload_id,
-                MultipartUpload={
-                    "Parts": [
-                        {"PartNumber": part.number, "ETag": part.token, **self._checksums.part(part.digest)}
-                        for part in parts
-                    ]
-                },
+                MultipartUpload=self._table(parts),
                 **self._if_absent(),
                 **self._checksums.finish(parts),
             )

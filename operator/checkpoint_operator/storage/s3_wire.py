@@ -10,6 +10,7 @@ dropped and the request made again on another. 503 SlowDown halves how many requ
 
 import hashlib
 import http.client
+import socket
 import ssl
 import threading
 import time
@@ -28,6 +29,7 @@ from urllib3.exceptions import MaxRetryError
 from urllib3.util import Retry, make_headers
 
 from checkpoint_operator.storage.store import Buffer
+from checkpoint_operator.storage.tls import TLSStream
 
 if TYPE_CHECKING:
     from botocore.credentials import Credentials
@@ -203,17 +205,28 @@ class _Connector:
         return "/" + url.split("/", 3)[3]
 
     def open(self) -> http.client.HTTPConnection:
-        host, port = (self._proxy.hostname or "", self._proxy.port or 80) if self._proxy else (self._host, self._port)
-        connection: http.client.HTTPConnection
-        if self._tls:
-            connection = http.client.HTTPSConnection(host, port, timeout=CONNECT_SECONDS, context=self._tls)
-            if self._proxy:
-                connection.set_tunnel(self._host, self._port, self._proxy_headers)
-        else:
-            connection = http.client.HTTPConnection(host, port, timeout=CONNECT_SECONDS)
+        at = (self._proxy.hostname or "", self._proxy.port or 80) if self._proxy else (self._host, self._port)
+        connection = _TLSConnection(*at, self._tls, self._host) if self._tls else http.client.HTTPConnection(*at)
+        connection.timeout = CONNECT_SECONDS
+        if self._proxy and self._tls:
+            connection.set_tunnel(self._host, self._port, self._proxy_headers)
         connection.connect()
-        connection.sock.settimeout(STALL_SECONDS)
+        if not self._tls:
+            connection.sock.settimeout(STALL_SECONDS)
         return connection
+
+
+class _TLSConnection(http.client.HTTPConnection):
+    default_port = http.client.HTTPS_PORT
+
+    def __init__(self, host: str, port: int, tls: ssl.SSLContext, name: str) -> None:
+        super().__init__(host, port)
+        self._tls, self._name = tls, name
+
+    def connect(self) -> None:
+        super().connect()
+        self.sock.settimeout(STALL_SECONDS)
+        self.sock = cast(socket.socket, TLSStream(self.sock, self._tls, self._name))
 
 
 def _close_all(idle: deque[http.client.HTTPConnection]) -> None:
@@ -222,11 +235,10 @@ def _close_all(idle: deque[http.client.HTTPConnection]) -> None:
 
 
 def _send(connection: http.client.HTTPConnection, body: Buffer) -> None:
-    """Not ``sendall``: on a plain socket its timeout is for the whole body, however fast it goes."""
-    view, sock = memoryview(body), connection.sock
-    sent, size = 0, len(view)
-    while sent < size:
-        sent += sock.send(view[sent : sent + _SLICE])
+    """Slice by slice: the timeout of ``sendall`` is for all that it is given, however fast it goes."""
+    view = memoryview(body)
+    for start in range(0, len(view), _SLICE):
+        connection.sock.sendall(view[start : start + _SLICE])
 
 
 def _read(response: http.client.HTTPResponse, most: int) -> Buffer:

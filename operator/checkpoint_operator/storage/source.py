@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from wcmatch import glob
 
@@ -51,7 +52,7 @@ class Listing:
         """Bytes of all files."""
         return sum(file.size for file in self.files)
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """``sha256:…`` over [path, size, mtimeNs] and what else the folder holds: cheap, and it changes with any write."""
         return digest_lines(
