@@ -245,6 +245,8 @@ def _read_listed(store: ObjectStore, place: TargetURI, entry: Entry) -> Seen | N
     """A marker that was just listed, by the short way of the data; one that has changed since is looked at anew."""
     if entry.size > marker.MAX_BYTES:
         raise marker.too_large(entry.size, str(place))
+    if not entry.size:  # there is no range of no bytes, and no marker of none
+        return _read_marker(store, place)
     try:
         return marker.decode(bytes(store.fetch(entry.key, entry.token, 0, entry.size)), entry.token, str(place))
     except StorageError as error:
