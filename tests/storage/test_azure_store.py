@@ -9,6 +9,7 @@ import re
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -430,6 +431,47 @@ def test_an_etag_that_no_blob_can_have_matches_none(azure_world: AzureWorld) -> 
         with refused(Reason.INTEGRITY_MISMATCH):
             store.fetch(key, token, 0, 7)
     assert azure_world.get("x") == b"content"
+
+
+def test_no_bytes_of_a_blob_are_fetched_of_exactly_that_version_too(azure_world: AzureWorld) -> None:
+    store, key = azure_world.store(), azure_world.prefix + "empty"
+    azure_world.put("empty", b"")
+    [entry] = store.list(key)
+    assert store.fetch(key, entry.token, 0, 0) == b""
+    azure_world.put("empty", b"")
+    with refused(Reason.INTEGRITY_MISMATCH):
+        store.fetch(key, entry.token, 0, 0)
+
+
+def test_an_answer_that_is_cut_off_each_time_is_no_verdict(azure_world: AzureWorld, between: Proxy) -> None:
+    between.plan(Befalls.CUT_ANSWER, "GetObject", times=4)
+    azure_world.put("x", b"content")
+    with refused(Reason.STORE_UNAVAILABLE):
+        azure_world.store().read(azure_world.prefix + "x")
+
+
+def test_an_endpoint_that_answers_everything_with_a_page_raises_nothing_of_the_sdks(azure_world: AzureWorld) -> None:
+    class Page(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Type", "text/html")
+            self.send_header("Content-Length", "14")
+            self.end_headers()
+            self.wfile.write(b"<p>Welcome</p>")
+
+        def log_message(self, *_: object) -> None:
+            """Nobody reads it."""
+
+    with HTTPServer(("127.0.0.1", 0), Page) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+        thread.start()
+        azure_world.options = azure_world.options.replace(endpoint=f"http://127.0.0.1:{server.server_port}/localaccount")
+        store = azure_world.store()
+        for act in (lambda: store.read("x"), lambda: list(store.list("x")), lambda: store.fetch("x", '"0x1"', 0, 1)):
+            with pytest.raises(StorageError):
+                act()
+        server.shutdown()
+        thread.join()
 
 
 # ---- Going on

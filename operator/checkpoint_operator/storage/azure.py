@@ -150,6 +150,9 @@ class AzureStore:
 
     def fetch(self, key: str, token: str, start: int, length: int) -> Buffer:
         def get() -> bytes:
+            if length == 0:  # no range says that
+                self._blob(key).get_blob_properties(**_if_match(token))
+                return b""
             stream = self._blob(key).download_blob(start, length, max_concurrency=1, **_if_match(token))
             body: bytes = stream.readall()
             return body
@@ -301,7 +304,7 @@ class AzureStore:
         """The answer to a request; None instead of the given error codes, :class:`UploadLost` for the others given."""
         try:
             return request()
-        except AzureError as error:
+        except (AzureError, ValueError) as error:  # the SDK's ValueError: an answer that it does not understand
             code = code_of(error)
             failure = None if code in (*instead_of, *lost) else self._failure(error, operation, key)
         # Outside of the except block and with no cause: an SDK's exception holds the request, whose URL may be signed.
@@ -311,7 +314,7 @@ class AzureStore:
             raise UploadLost
         return None
 
-    def _failure(self, error: AzureError, operation: str, key: str) -> StorageError:
+    def _failure(self, error: Exception, operation: str, key: str) -> StorageError:
         reason, said, request_id = classify(error)
         return StorageError(
             reason,

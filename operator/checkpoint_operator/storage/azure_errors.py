@@ -4,7 +4,7 @@ import os
 import ssl
 from collections.abc import Mapping
 
-from azure.core.exceptions import AzureError, ClientAuthenticationError, HttpResponseError
+from azure.core.exceptions import ClientAuthenticationError, HttpResponseError
 
 from checkpoint_operator.api.errors import Reason
 
@@ -71,7 +71,7 @@ def _explain(code: str, said: str, status: int) -> str:
     return f"{words}: {way_out}" if way_out else words
 
 
-def classify(error: AzureError) -> tuple[Reason, str, str | None]:
+def classify(error: Exception) -> tuple[Reason, str, str | None]:
     """(reason, what the store said, its request id) of an exception of the SDK."""
     if isinstance(error, HttpResponseError) and error.response is not None:
         status, code = error.response.status_code or 0, code_of(error)
@@ -81,16 +81,22 @@ def classify(error: AzureError) -> tuple[Reason, str, str | None]:
     elif isinstance(error, ClientAuthenticationError):
         # azure-identity's, which says at length what it tried.
         return Reason.CREDENTIALS_MISSING, f"no identity gave a token ({type(error).__name__})", None
+    elif isinstance(error, ValueError):
+        return (
+            Reason.STORE_UNAVAILABLE,
+            f"the endpoint gave an answer that is none of Azure's ({type(error).__name__})",
+            None,
+        )
     return Reason.STORE_UNAVAILABLE, _transport_failure(error), None
 
 
-def code_of(error: AzureError) -> str:
+def code_of(error: Exception) -> str:
     """x-ms-error-code; empty where there was no answer, or one without it."""
     found = getattr(error, "error_code", None) or _header(error, "x-ms-error-code")
     return str(getattr(found, "value", found) or "")
 
 
-def _header(error: AzureError, name: str) -> str | None:
+def _header(error: Exception, name: str) -> str | None:
     headers: Mapping[str, str] = getattr(getattr(error, "response", None), "headers", {})
     return headers.get(name)
 
