@@ -185,7 +185,7 @@ def test_a_composition_that_was_killed_goes_on_without_a_byte_being_sent_again(
 def test_a_composed_piece_that_is_not_what_it_should_be_is_made_again(gcs_world: GCSWorld) -> None:
     content = os.urandom(40 * 64 * KIB)
     key, upload_id, parts = sent_in_pieces(gcs_world, content)
-    gcs_world.put(f"run/.partial-{upload_id}/c1-00001", b"of another try")
+    gcs_world.put(f"run/.partial-{upload_id}/c1-00001.checkpoint-piece", b"of another try")
     assert gcs_world.store().finish_upload(key, upload_id, parts, "uid-a") is not None
     assert gcs_world.get("run/model.bin") == content
 
@@ -241,7 +241,7 @@ def test_the_uploads_of_a_nested_artifact_have_its_keys(gcs_world: GCSWorld) -> 
 
 
 def test_a_strangers_object_of_a_similar_name_is_data_and_nobody_removes_it(gcs_world: GCSWorld, source: Path) -> None:
-    strange = "run/.partial-0123456789abcdef/00001"
+    strange = "run/.partial-0123456789abcdef/00001.checkpoint-piece"
     gcs_world.put(strange, b"mine")
     assert gcs_world.uploads() == []
     with refused(Reason.TARGET_NOT_EMPTY):
@@ -259,10 +259,16 @@ REFUSED = {
     "a certificate's challenge": ".well-known/acme-challenge/x",
     "a dot": ".",
     "two dots": "..",
-    "a piece": "run/.partial-0123456789abcdef/00001",
-    "a composed piece": ".partial-0123456789abcdef/c1-00001",
+    "a piece": "run/.partial-0123456789abcdef/00001.checkpoint-piece",
+    "a composed piece": ".partial-0123456789abcdef/c1-00001.checkpoint-piece",
 }
-KEPT = ["k" * 1024, "d" * 980 + "/f", "run/.partial-x/00001", ".partial-0123456789abcdef", "x/.well-known/acme-challenge/x"]
+KEPT = [
+    "k" * 1024,
+    "d" * 970 + "/f",
+    "run/.partial-0123456789abcdef/00001",
+    ".partial-0123456789abcdef",
+    "x/.well-known/acme-challenge/x",
+]
 
 
 @pytest.mark.parametrize("key", REFUSED.values(), ids=REFUSED)
@@ -277,7 +283,7 @@ def test_every_other_name_is_kept(gcs_world: GCSWorld, key: str) -> None:
 
 
 def test_a_source_with_a_pieces_name_is_refused_before_the_first_byte(gcs_world: GCSWorld, tmp_path: Path) -> None:
-    odd = make(tmp_path / "odd", {"sub/.partial-0123456789abcdef/00001": b"x"})
+    odd = make(tmp_path / "odd", {"sub/x.checkpoint-piece": b"x"})
     with refused(Reason.UNSUPPORTED_NAME):
         gcs_world.upload(odd)
     assert gcs_world.paths() == []
@@ -333,7 +339,7 @@ def test_a_composition_never_overwrites(judged_world: GCSWorld) -> None:
 
 def test_a_composition_takes_no_other_generation_of_a_piece(judged_world: GCSWorld) -> None:
     key, upload_id, parts = sent_in_pieces(judged_world, b"abc", size=1)
-    judged_world.put(f"run/.partial-{upload_id}/00002", b"b")
+    judged_world.put(f"run/.partial-{upload_id}/00002.checkpoint-piece", b"b")
     with pytest.raises(UploadLost):
         judged_world.store().finish_upload(key, upload_id, parts, "uid-a")
 

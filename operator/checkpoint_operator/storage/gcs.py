@@ -38,8 +38,9 @@ _ABSENT = "0"
 
 Answer = TypeVar("Answer")
 
-# Not to be cached, not even where a bucket is public: who reads a marker must see the last swap.
-_MARKER = Kind(content_type="application/json", cache_control="no-store")
+# Not to be cached, not even where a bucket is public: who reads a marker must see the last swap. And in a colder class each
+# swap would be paid for as if the version before it had stayed for months.
+_MARKER = Kind(content_type="application/json", cache_control="no-store", storage_class="STANDARD")
 
 
 class GCSStore:
@@ -60,7 +61,7 @@ class GCSStore:
         try:
             data, generation, size = self._bucket.fetch(key, limit=marker.MAX_BYTES)
         except Missing:
-            self._require_bucket()
+            self._require_bucket(key)
             return None
         if size > marker.MAX_BYTES:
             raise marker.too_large(size, f"gs://{self._bucket.name}/{key}")
@@ -69,10 +70,10 @@ class GCSStore:
             return (data, stat.token) if stat else None
         return data, generation
 
-    def _require_bucket(self) -> None:
+    def _require_bucket(self, key: str) -> None:
         """An object of a bucket that does not exist is missing in the same words (404, notFound); only a listing tells."""
         if not self._bucket_seen:
-            next(self._bucket.list("", limit=1), None)
+            next(self._bucket.list(key, limit=1), None)
             self._bucket_seen = True
 
     def create(self, key: str, data: bytes) -> str | None:

@@ -1,9 +1,10 @@
 """How the pieces of an unfinished object are called: Google has no multipart uploads, so they are objects themselves.
 
-A piece of ``runs/a/model.bin`` is ``runs/a/.partial-<id>/00001``, and what 32 of them were composed into
-``runs/a/.partial-<id>/c1-00001``: below the artifact's own prefix, so that whoever holds the claim finds them. Their
-metadata says whose they are and of which file. Only an object with this very name *and* that metadata is a piece: it is
-never listed as data, and anything else of a similar name is data like all other.
+A piece of ``runs/a/model.bin`` is ``runs/a/.partial-<id>/00001.checkpoint-piece``, and what 32 of them were composed into
+begins with ``c1-``: below the artifact's own prefix, so that whoever holds the claim finds them, and with an ending of their
+own, by which a lifecycle rule finds them. Their metadata says whose they are and of which file. Only an object with this
+very name *and* that metadata is a piece: it is never listed as data, and anything else of a similar name is data like all
+other.
 """
 
 import re
@@ -18,8 +19,12 @@ PIECE_OF = "piece-of"
 """User metadata of a piece alone: the name of the file in the same folder, percent-encoded to be ASCII."""
 
 MAX_KEY_BYTES = 1024  # https://cloud.google.com/storage/docs/objects#naming
-_PIECE = re.compile(r"(?P<folder>(?:.*/)?)\.partial-(?P<id>[0-9a-f]{16})/(?P<name>(?:c[0-9]-)?[0-9]{5})", re.DOTALL)
-_OVERHEAD = len(".partial-0123456789abcdef/c1-00001")
+SUFFIX = ".checkpoint-piece"
+"""What the lifecycle rule of docs/gcs.md removes, wherever it lies; so no data may have it."""
+_PIECE = re.compile(
+    rf"(?P<folder>(?:.*/)?)\.partial-(?P<id>[0-9a-f]{{16}})/(?P<name>(?:c[0-9]-)?[0-9]{{5}}){re.escape(SUFFIX)}", re.DOTALL
+)
+_OVERHEAD = len(f".partial-0123456789abcdef/c1-00001{SUFFIX}")
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,7 @@ def folder_of_pieces(key: str, upload_id: str) -> str:
 
 def piece_name(key: str, upload_id: str, number: int, level: int = 0) -> str:
     """Piece ``number`` (from 1) as it was sent (level 0) or as it was composed of 32 of the level below."""
-    return f"{folder_of_pieces(key, upload_id)}{f'c{level}-' if level else ''}{number:05}"
+    return f"{folder_of_pieces(key, upload_id)}{f'c{level}-' if level else ''}{number:05}{SUFFIX}"
 
 
 def piece_metadata(key: str, owner: str) -> dict[str, str]:
@@ -78,6 +83,6 @@ def refusal(key: str) -> str | None:
         return "makes a key that begins with '.well-known/acme-challenge/', which Google reserves"
     if key in (".", ".."):
         return "is '.' or '..', which Google Cloud Storage refuses"
-    if _PIECE.fullmatch(key):
-        return "is what this software calls the pieces of an unfinished upload"
+    if key.endswith(SUFFIX):
+        return f"ends with '{SUFFIX}', like the pieces of unfinished uploads that a lifecycle rule removes"
     return None
