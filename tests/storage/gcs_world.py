@@ -45,11 +45,14 @@ REASONS = {
 }
 
 
+STALL = -1
+
+
 @dataclass
 class Rule:
     """Requests whose "METHOD /path?query" the pattern finds are answered so instead, ``times`` often (None: always).
 
-    ``status`` 0 passes the request on and then hangs up: the reply is lost.
+    ``status`` 0 passes the request on and then hangs up: the reply is lost. :data:`STALL` never answers.
     """
 
     pattern: str
@@ -81,12 +84,15 @@ class Proxy:
     sent: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _writing: threading.Lock = field(default_factory=threading.Lock)
+    _closing: threading.Event = field(default_factory=threading.Event)
 
     def __post_init__(self) -> None:
         proxy = self
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            wbufsize = -1  # head and body in one packet, else each answer waits for an acknowledgement
+            disable_nagle_algorithm = True
 
             def handle_any(self) -> None:
                 proxy.handle(self)
@@ -97,7 +103,7 @@ class Proxy:
                 pass
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True)
         self._thread.start()
         self.endpoint = f"http://127.0.0.1:{self._server.server_address[1]}"
 
@@ -110,6 +116,10 @@ class Proxy:
             rule = next((rule for rule in self.rules if rule.times != 0 and re.search(rule.pattern, line)), None)
             if rule and rule.times:
                 rule.times -= 1
+        if rule and rule.status == STALL:
+            self._closing.wait()
+            request.close_connection = True
+            return
         if rule and rule.status:
             self._refuse(request, rule)
             return
@@ -174,6 +184,7 @@ class Proxy:
         request.wfile.write(content)
 
     def close(self) -> None:
+        self._closing.set()
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()

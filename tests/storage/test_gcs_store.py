@@ -6,6 +6,7 @@ import json
 import os
 import re
 import socket
+import sys
 import threading
 import traceback
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from typing import Any
 
 import google_crc32c
 import pytest
-from gcs_world import GCSWorld, Rule
+from gcs_world import STALL, GCSWorld, Rule
 from google.auth.exceptions import RefreshError, TransportError
 from storage_world import MARKER, make, refused, tree
 
@@ -398,6 +399,19 @@ def test_no_request_needs_more_than_the_rights_that_the_page_names(gcs_world: GC
     assert [line for line in gcs_world.proxy.requests if not of_objects.match(line)] == []
 
 
+@pytest.mark.usefixtures("small_pieces")
+@pytest.mark.parametrize("request_line", [UPLOAD, COMPOSE, "^GET /download/.*large"])
+def test_a_connection_that_stalls_is_given_up_and_the_request_sent_again(
+    gcs_world: GCSWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request_line: str
+) -> None:
+    monkeypatch.setattr(gcs_client, "TIMEOUT", (5.0, 0.5))
+    source = make(tmp_path / "source", {"large.bin": os.urandom(3 * 64 * KIB)})
+    gcs_world.proxy.rules.append(Rule(request_line, STALL, times=1))
+    gcs_world.upload(source)
+    assert tree(gcs_world.download()) == tree(source)
+    assert gcs_world.proxy.rules[0].times == 0
+
+
 # ---- A store without conditions
 
 
@@ -655,3 +669,17 @@ def test_an_emulator_is_never_given_the_profile(gcs_world: GCSWorld, source: Pat
     gcs_world.options = gcs_world.options.replace(credentials_directory=str(without_emulator))
     gcs_world.upload(source)
     assert tree(gcs_world.download()) == tree(source)
+
+
+# ---- The extra
+
+
+def test_without_googles_client_the_command_that_installs_it_is_named(
+    gcs_world: GCSWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in sys.modules if name.startswith("checkpoint_operator.storage.gcs")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "google.cloud", None)
+    with refused(Reason.BACKEND_NOT_INSTALLED) as caught:
+        gcs_world.manager().get_metadata(str(gcs_world.uri()))
+    assert "pip install 'checkpoint-operator[gcs]'" in str(caught.value)

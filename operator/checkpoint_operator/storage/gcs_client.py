@@ -152,13 +152,14 @@ class Bucket:
     ) -> tuple[bytes, str, int]:
         """(bytes, generation, size of them). ``span`` is (start, length) with a length above 0.
 
-        What is larger than ``limit`` bytes is not read: then the bytes are empty, and the size tells. Raises Missing.
+        What is larger than ``limit`` or the span is not read: then the bytes are empty, and the size tells. Raises Missing.
         """
         url = f"{self._endpoint}/download/storage/v1/b/{quote(self.name, safe='')}/o/{quote(key, safe='')}"
         params = {"alt": "media", "generation": generation}
         # The bytes as they are stored, whatever somebody's Content-Encoding says about them.
         headers = {"Accept-Encoding": "gzip"}
         if span:
+            limit = span[1]
             headers["Range"] = f"bytes={span[0]}-{span[0] + span[1] - 1}"
 
         def receive() -> tuple[bytes, str, int]:
@@ -201,7 +202,9 @@ class Bucket:
     def compose(self, key: str, sources: Sequence[Resource], kind: Kind, if_generation: str | None) -> Resource:
         """Make an object of up to 32 others, exactly of these generations. Raises Unmet (also for a source), Missing."""
         blob = self._bucket.blob(key, kms_key_name=self._kms_key)
-        blob._properties.update(kind.resource())
+        blob.metadata, blob.content_type = dict(kind.metadata), kind.content_type
+        if kind.storage_class:
+            blob.storage_class = kind.storage_class
         blobs = [self._bucket.blob(source.name, generation=int(source.generation)) for source in sources]
 
         def compose() -> None:
