@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -184,10 +185,13 @@ def test_a_process_without_an_identity_says_so_and_asks_no_metadata_address(
     azure_world: AzureWorld, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(azure_world.work))  # no `az` of whoever runs the tests
+    reached: list[object] = []
+    monkeypatch.setattr(socket.socket, "connect", lambda _, address: reached.append(address))
     https = closed_port().replace("http:", "https:")
     azure_world.options = TargetOptions(allow_ambient_credentials=True, endpoint=f"{https}/localaccount")
     with refused(Reason.CREDENTIALS_MISSING):
         azure_world.upload(source)
+    assert reached == []
 
 
 def test_a_token_never_goes_over_plain_http(azure_world: AzureWorld, source: Path) -> None:
@@ -576,6 +580,16 @@ def test_of_many_finishes_at_once_one_makes_the_object(azure_world: AzureWorld) 
     assert len([written for written in made if written is not None]) == 1
     assert made.count(None) == 5
     assert azure_world.get("model.bin") == b"onetwo"
+
+
+def test_connections_are_kept_and_not_thrown_away(
+    azure_world: AzureWorld, big_source: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    make(big_source, {f"{number}.bin": b"x" for number in range(40)})
+    with caplog.at_level(logging.WARNING):
+        azure_world.upload(big_source)
+        azure_world.download()
+    assert caplog.text == ""
 
 
 # ---- Options

@@ -4,8 +4,11 @@ import logging
 import os
 import re
 
+import requests
 from azure.core.credentials import AzureSasCredential, TokenCredential
+from azure.core.pipeline.transport import RequestsTransport
 from azure.storage.blob import ContainerClient, ExponentialRetry, StandardBlobTier
+from requests.adapters import HTTPAdapter
 
 from checkpoint_operator.api.errors import Reason
 from checkpoint_operator.api.protocol import TargetOptions
@@ -15,6 +18,7 @@ from checkpoint_operator.storage.azure_access import Access, find_access
 from checkpoint_operator.storage.errors import StorageError
 
 _MIB = 1 << 20
+_CONNECTIONS = 32  # as many as the engine ever has requests under way
 
 
 def connect(uri: TargetURI, options: TargetOptions) -> ContainerClient:
@@ -32,9 +36,7 @@ def connect(uri: TargetURI, options: TargetOptions) -> ContainerClient:
             uri.bucket,
             credential=_credential(access),
             retry_policy=ExponentialRetry(initial_backoff=0, increment_base=2, retry_total=3, random_jitter_range=1),
-            connection_timeout=20,
-            read_timeout=60,
-            connection_verify=options.ca_bundle or True,
+            transport=_transport(options),
             # A marker must be one request, whatever its size: two writers' blocks could mix.
             max_single_put_size=2 * marker.MAX_BYTES,
             max_single_get_size=32 * _MIB,
@@ -42,6 +44,16 @@ def connect(uri: TargetURI, options: TargetOptions) -> ContainerClient:
     except ValueError as error:
         # The endpoint is no URL, or a token would go over plain http.
         raise _invalid(f"the client for '{access.endpoint}' cannot be made: {error}") from error
+
+
+def _transport(options: TargetOptions) -> RequestsTransport:
+    """The SDK's own, with more connections kept: by itself it keeps ten, and warns of each one that it throws away."""
+    session = requests.Session()
+    for scheme in ("http://", "https://"):
+        session.mount(scheme, HTTPAdapter(pool_maxsize=_CONNECTIONS))
+    return RequestsTransport(
+        session=session, connection_timeout=20, read_timeout=60, connection_verify=options.ca_bundle or True
+    )
 
 
 def access_tier(options: TargetOptions) -> StandardBlobTier | None:
