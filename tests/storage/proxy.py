@@ -10,6 +10,7 @@ import hashlib
 import http.client
 import re
 import socket
+import ssl
 import sys
 import threading
 from collections import Counter
@@ -25,6 +26,7 @@ from botocore.auth import S3SigV4Auth
 from botocore.awsrequest import AWSRequest
 from botocore.credentials import Credentials
 
+import local_cluster as lc
 from checkpoint_operator.api.names import MARKER_NAME, PROBE_PREFIX
 
 CHUNK = 1 << 16
@@ -153,11 +155,17 @@ class _Signer(S3SigV4Auth):  # type: ignore[misc]  # botocore has no types
 
 
 @contextmanager
-def proxy(upstream: str, access_key: str, secret_key: str, *, strips: bool = False) -> Iterator[Proxy]:
-    """A proxy on a free port of loopback, for as long as the block lasts."""
+def proxy(
+    upstream: str, access_key: str, secret_key: str, *, strips: bool = False, tls: lc.TLSFiles | None = None
+) -> Iterator[Proxy]:
+    """A proxy on a free port of loopback, for as long as the block lasts. With ``tls`` its own side is an https one."""
     made = Proxy(upstream, access_key, secret_key, strips)
     server = _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"proxy": made}))
-    made.endpoint = f"http://127.0.0.1:{server.server_address[1]}"
+    if tls:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(tls.certificate, tls.key)
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+    made.endpoint = f"{'https' if tls else 'http'}://127.0.0.1:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
     thread.start()
     try:

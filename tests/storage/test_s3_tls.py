@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 from certificates import make_certificates
+from proxy import Fault, proxy
 from s3_world import BUCKET, S3World, credentials
 from storage_world import MIB, make, tree
 
 import local_cluster as lc
 from checkpoint_operator.api.errors import Reason
 from checkpoint_operator.api.protocol import TargetOptions
-from checkpoint_operator.storage import StorageError
+from checkpoint_operator.storage import StorageError, s3_wire
 
 # A certificate may be renewed on the other side without anybody doing something here, so that both are honest.
 NOT_TRUSTED = (Reason.STORE_UNAVAILABLE, Reason.REQUEST_REJECTED)
@@ -71,6 +72,36 @@ def test_the_sdks_own_variable_names_it_as_well(
     monkeypatch.setenv("AWS_CA_BUNDLE", str(gateway.ca))
     tls_world.upload(source)
     assert tree(tls_world.download()) == tree(source)
+
+
+@pytest.mark.parametrize("fault", [Fault.STALL, Fault.CUT, Fault.SLOW_DOWN, Fault.LOSE_REPLY], ids=lambda fault: fault.name)
+def test_an_upload_over_tls_gets_over_what_befalls_a_request(
+    s3_world: S3World, source: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fault: Fault
+) -> None:
+    monkeypatch.setattr(s3_wire, "STALL_SECONDS", 1.0)
+    files, server = make_certificates(tmp_path / "tls"), s3_world.server
+    with proxy(server.endpoint, server.access_key, server.secret_key, tls=files) as between:
+        s3_world.options = s3_world.options.replace(endpoint=between.endpoint, ca_bundle=str(files.ca))
+        between.plan(fault, "UploadPart")
+        between.plan(fault, "PutObject", key="config.json")
+        s3_world.upload(source)
+        assert between.happened[fault] == 2
+        assert tree(s3_world.download()) == tree(source)
+        assert s3_world.uploads() == []
+
+
+@pytest.mark.parametrize("fault", [Fault.STALL, Fault.CUT_ANSWER], ids=lambda fault: fault.name)
+def test_a_download_over_tls_gets_over_what_befalls_a_request(
+    s3_world: S3World, source: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fault: Fault
+) -> None:
+    monkeypatch.setattr(s3_wire, "STALL_SECONDS", 1.0)
+    files, server = make_certificates(tmp_path / "tls"), s3_world.server
+    s3_world.upload(source)
+    with proxy(server.endpoint, server.access_key, server.secret_key, tls=files) as between:
+        s3_world.options = s3_world.options.replace(endpoint=between.endpoint, ca_bundle=str(files.ca))
+        between.plan(fault, "GetObject", key="model.bin")
+        assert tree(s3_world.download()) == tree(source)
+        assert between.happened[fault] == 1
 
 
 def test_another_authority_does_not_help(tls_world: S3World, source: Path, tmp_path: Path) -> None:
