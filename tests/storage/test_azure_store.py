@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 from azure.core.exceptions import HttpResponseError
-from azure.storage.blob import BlobBlock
+from azure.storage.blob import BlobBlock, ContentSettings
+from azure.storage.blob._shared.policies import StorageRequestHook
 from azure_world import AzureWorld, credentials, sas
 from certificates import make_certificates
 from proxy import Fault as Befalls
@@ -26,16 +27,14 @@ from test_s3_store import closed_port, everything_said, outcome, start_mover
 
 import local_cluster as lc
 from checkpoint_operator.api.errors import ErrorCode, ExitCode, Reason
-from checkpoint_operator.api.protocol import TargetOptions
+from checkpoint_operator.api.protocol import Layout, TargetOptions
 from checkpoint_operator.storage import StorageError
 from checkpoint_operator.storage import azure_blocks as blocks
 from checkpoint_operator.storage.azure import AzureStore
-from checkpoint_operator.storage.azure_access import NAMES
+from checkpoint_operator.storage.azure_access import NAMES, find_access
 from checkpoint_operator.storage.azure_blocks import BlockId
 from checkpoint_operator.storage.errors import Cancelled
 from checkpoint_operator.storage.store import Part, Piece, UploadLost
-
-SECRET_WORDS = "c2VjcmV0LXNlY3JldA=="
 
 
 @pytest.fixture
@@ -179,6 +178,33 @@ def test_the_librarys_default_finds_the_account_by_a_connection_string(
     monkeypatch.setenv("AZURE_STORAGE_CONNECTION_STRING", text)
     azure_world.options = TargetOptions(allow_ambient_credentials=True)
     assert azure_world.manager().upload(source, str(azure_world.uri())) == str(azure_world.uri())
+
+
+ENDPOINTS: dict[str, tuple[dict[str, str], str]] = {
+    "an account": ({"AZURE_STORAGE_ACCOUNT": "acc", "AZURE_STORAGE_KEY": "a2V5"}, "https://acc.blob.core.windows.net"),
+    "a SAS token": (
+        {"AZURE_STORAGE_ACCOUNT": "acc", "AZURE_STORAGE_SAS_TOKEN": "?sv=1&sig=a2V5"},
+        "https://acc.blob.core.windows.net",
+    ),
+    "another cloud": (
+        {"AZURE_STORAGE_CONNECTION_STRING": "AccountName=acc;AccountKey=a2V5;EndpointSuffix=core.chinacloudapi.cn"},
+        "https://acc.blob.core.chinacloudapi.cn",
+    ),
+    "a connection string with a SAS token": (
+        {"AZURE_STORAGE_CONNECTION_STRING": "BlobEndpoint=https://x.example/;SharedAccessSignature=sv=1&sig=a2V5"},
+        "https://x.example",
+    ),
+}
+
+
+@pytest.mark.parametrize(("files", "endpoint"), ENDPOINTS.values(), ids=ENDPOINTS)
+def test_the_account_is_found_by_its_credentials_and_they_do_not_show(
+    tmp_path: Path, files: dict[str, str], endpoint: str
+) -> None:
+    access = find_access(TargetOptions(credentials_directory=credentials(tmp_path, **files)))
+    assert access.endpoint == endpoint
+    assert access.key == "a2V5" or access.sas == "sv=1&sig=a2V5"
+    assert "a2V5" not in repr(access)
 
 
 def test_a_process_without_an_identity_says_so_and_asks_no_metadata_address(
@@ -380,8 +406,6 @@ def test_the_md5_that_another_tool_claims_is_not_believed(azure_world: AzureWorl
     def intrude() -> None:
         blob = azure_world.client.get_blob_client(azure_world.prefix + "run/model.safetensors")
         blob.stage_block("theirs", b"rubbish")
-        from azure.storage.blob import ContentSettings
-
         blob.commit_block_list([BlobBlock("theirs")], content_settings=ContentSettings(content_md5=claimed))
 
     with pytest.raises(StorageError, match="written by somebody else"):
@@ -532,6 +556,54 @@ def test_an_upload_gets_over_what_befalls_one_request(
     azure_world.upload(big_source)
     assert between.happened[befalls] == 1
     assert tree(azure_world.download()) == tree(big_source)
+
+
+# ---- An endpoint that is not Azure's own
+
+
+@pytest.fixture
+def forgetful(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Conditions are lost on the way, as at a gateway that has never heard of them: taken out before the signature."""
+
+    def drop(_: StorageRequestHook, request: Any) -> None:
+        for name in ("If-None-Match", "If-Match"):
+            request.http_request.headers.pop(name, None)
+
+    monkeypatch.setattr(StorageRequestHook, "on_request", drop)
+
+
+@pytest.mark.usefixtures("forgetful")
+def test_an_endpoint_that_ignores_conditions_is_refused_before_the_first_byte(azure_world: AzureWorld, source: Path) -> None:
+    with refused(Reason.CONDITIONAL_WRITES_UNSUPPORTED):
+        azure_world.upload(source)
+    assert azure_world.paths() == []
+
+
+@pytest.mark.usefixtures("forgetful")
+def test_layout_unique_needs_no_conditions(azure_world: AzureWorld, big_source: Path) -> None:
+    stored = azure_world.upload(big_source, layout=Layout.UNIQUE)
+    assert tree(azure_world.download(stored.storage_uri.removeprefix(f"{azure_world.base}/"))) == tree(big_source)
+    azure_world.delete(layout=Layout.UNIQUE)
+    assert azure_world.paths() == []
+
+
+@pytest.mark.usefixtures("forgetful")
+def test_without_conditions_each_write_looks_first(azure_world: AzureWorld) -> None:
+    store, key = azure_world.store().without_conditions(), azure_world.prefix + "x"
+    token = store.create(key, b"first")
+    assert token is not None
+    assert store.create(key, b"second") is None
+    assert store.swap(key, '"0x1"', b"second") is None
+    assert store.put(key, b"second", store.digest(b"second"), "uid") is None
+    upload = store.start_upload(key, "uid")
+    assert store.finish_upload(key, upload, send(store, key, upload, [b"second"]), "uid") is None
+    store.remove(key, '"0x1"')
+    assert azure_world.get("x") == b"first"
+    token = store.swap(key, token, b"third")
+    assert token is not None
+    assert azure_world.get("x") == b"third"
+    store.remove(key, token)
+    assert azure_world.paths() == []
 
 
 # ---- Several writers
