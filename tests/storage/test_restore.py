@@ -14,6 +14,7 @@ from storage_world import MARKER, MIB, FileWorld, OnLook, World, make, refused, 
 from checkpoint_operator.api.errors import ErrorCode, Reason
 from checkpoint_operator.api.protocol import Progress
 from checkpoint_operator.storage.errors import Cancelled
+from checkpoint_operator.storage.manifest import StoredFile
 from checkpoint_operator.storage.marker import encode
 from checkpoint_operator.storage.ranges import RANGE
 
@@ -56,7 +57,9 @@ def test_a_cancelled_restore_shows_nothing_and_the_next_one_goes_on(world: World
 def test_a_manifest_that_claims_another_size_gives_nothing(world: World, source: Path, size: int) -> None:
     world.upload(source)
     manifest = world.backend.get_manifest(world.uri())
-    files = [file.replace(size=size) if file.path == "model.safetensors" else file for file in manifest.table.files]
+    files = list(manifest.table.files)
+    lie = files[1]
+    files[1] = StoredFile(path=lie.path, size=size, sha256=lie.sha256, etag=lie.etag, generation=lie.generation)
     world.put(f"run/{MARKER}", encode(manifest.replace(table=manifest.table.replace(files=files))))
     with refused(Reason.INTEGRITY_MISMATCH):
         world.backend.download_artifact(world.uri(), world.work / "restored")

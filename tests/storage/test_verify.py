@@ -15,7 +15,7 @@ from checkpoint_operator.api.errors import Reason
 from checkpoint_operator.api.protocol import Progress, Stage
 from checkpoint_operator.storage import StorageError
 from checkpoint_operator.storage.errors import Cancelled
-from checkpoint_operator.storage.manifest import FileTable, content_digest
+from checkpoint_operator.storage.manifest import FileTable, StoredFile, content_digest
 from checkpoint_operator.storage.marker import Manifest, encode
 
 
@@ -29,6 +29,16 @@ def problem(world: World, manifest_digest: str | None = None) -> str:
 def rewrite(world: World, change: Callable[[Manifest], Manifest]) -> None:
     """Edit the manifest by hand."""
     world.put(f"run/{MARKER}", encode(change(world.backend.get_manifest(world.uri()))))
+
+
+def changed(file: StoredFile, *, path: str | None = None, sha256: str | None = None) -> StoredFile:
+    return StoredFile(
+        path=path or file.path,
+        size=file.size,
+        sha256=sha256 or file.sha256,
+        etag=file.etag,
+        generation=file.generation,
+    )
 
 
 def test_a_checkpoint_that_is_as_it_was_stored_passes_and_its_manifest_is_returned(world: World, source: Path) -> None:
@@ -105,7 +115,7 @@ def test_a_hash_that_was_edited_is_found(world: World, source: Path) -> None:
 
     def edit(old: Manifest) -> Manifest:
         first, *others = old.table.files
-        table = old.table.replace(files=[first.replace(sha256="0" * 64), *others])
+        table = old.table.replace(files=[changed(first, sha256="0" * 64), *others])
         return old.replace(table=table, content_digest=content_digest(table))
 
     rewrite(world, edit)
@@ -117,7 +127,7 @@ def test_names_that_lead_elsewhere_are_a_problem_and_nothing_is_read_by_them(wor
     world.put("precious", b"{}")
 
     def edit(old: Manifest) -> Manifest:
-        table = FileTable(files=[old.table.files[0].replace(path="../precious")])
+        table = FileTable(files=[changed(old.table.files[0], path="../precious")])
         return old.replace(
             table=table, content_digest=content_digest(table), metadata=old.metadata.replace(size_bytes=table.size)
         )

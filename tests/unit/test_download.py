@@ -375,7 +375,12 @@ def test_a_destination_that_appears_meanwhile_is_not_replaced(tmp_path: Path) ->
 def test_setuid_and_its_like_are_dropped(tmp_path: Path) -> None:
     contents = Contents({"a": b"1"})
     file = contents.manifest().table.files[0]
-    download(contents.manifest(files=[file.replace(mode=0o7755)]), contents.fetch, tmp_path / "d", Meter())
+    download(
+        contents.manifest(files=[StoredFile(path="a", size=1, sha256=file.sha256, mode=0o7755)]),
+        contents.fetch,
+        tmp_path / "d",
+        Meter(),
+    )
     assert (tmp_path / "d" / "a").stat().st_mode & 0o7777 == 0o755
 
 
@@ -462,5 +467,10 @@ def test_a_file_that_is_longer_in_the_manifest_than_in_the_store_is_noticed(tmp_
     contents = Contents({"a": b"1" * 10})
     file = contents.manifest().table.files[0]
     with refused(Reason.INTEGRITY_MISMATCH):
-        download(contents.manifest(files=[file.replace(size=1 << 40)]), contents.fetch, tmp_path / "d", Meter())
+        download(
+            contents.manifest(files=[StoredFile(path="a", size=1 << 40, sha256=file.sha256)]),
+            contents.fetch,
+            tmp_path / "d",
+            Meter(),
+        )
     assert not (tmp_path / "d").exists()
