@@ -98,8 +98,9 @@ def test_after_a_change_of_the_source_only_the_new_state_is_committed(world: Wor
         world.upload(source, cancelled=OnLook(5))
     (source / "0.bin").write_bytes(b"changed")
     (source / "1.bin").unlink()
-    (source / "2.bin").unlink()
-    make(source, {"2.bin/now-a-folder": b"x"})
+    if world.kind != "versitygw":  # keeps objects as files: `a` and `a/b` cannot be there at once, not even for a moment
+        (source / "2.bin").unlink()
+        make(source, {"2.bin/now-a-folder": b"x"})
     if world.is_bucket:  # a lock tells the file backend that the earlier mover is gone; a bucket has none
         with refused(Reason.EARLIER_MOVER_NOT_GONE):
             world.upload(source)
