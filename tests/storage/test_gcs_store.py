@@ -24,6 +24,7 @@ from checkpoint_operator.api.protocol import Layout, TargetOptions
 from checkpoint_operator.storage import StorageManager, gcs, gcs_client, gcs_crc32c
 from checkpoint_operator.storage.errors import Cancelled
 from checkpoint_operator.storage.gcs_client import classify
+from checkpoint_operator.storage.gcs_pieces import parse_piece
 from checkpoint_operator.storage.store import Part, Piece, UploadLost
 
 KIB = 1 << 10
@@ -249,6 +250,13 @@ def test_a_strangers_object_of_a_similar_name_is_data_and_nobody_removes_it(gcs_
         gcs_world.upload(source)
     gcs_world.delete()
     assert gcs_world.paths() == [strange]
+
+
+@pytest.mark.parametrize("named", ["", "../other/model.bin", "nested%2Fmodel.bin"])
+def test_a_piece_that_says_it_belongs_elsewhere_is_none(named: str) -> None:
+    name = "run/.partial-0123456789abcdef/00001.checkpoint-piece"
+    assert parse_piece(name, {"artifact-uid": "uid-a", "piece-of": "model.bin"}) is not None
+    assert parse_piece(name, {"artifact-uid": "uid-a", "piece-of": named}) is None
 
 
 REFUSED = {

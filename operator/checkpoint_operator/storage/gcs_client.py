@@ -61,7 +61,7 @@ _STATUSES: dict[int, Reason] = {
     501: Reason.CONDITIONAL_WRITES_UNSUPPORTED,
 }
 
-_FAILURES = (GoogleAPICallError, RetryError, GoogleAuthError, RequestException, HTTPError, ConnectionError, ValueError)
+_FAILURES = (GoogleAPICallError, RetryError, GoogleAuthError, RequestException, HTTPError, ConnectionError)
 
 Answer = TypeVar("Answer")
 

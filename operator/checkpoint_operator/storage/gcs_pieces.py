@@ -62,8 +62,11 @@ def parse_piece(name: str, metadata: Mapping[str, str]) -> PieceName | None:
     found = _PIECE.fullmatch(name)
     if found is None or OWNER not in metadata or PIECE_OF not in metadata:
         return None
+    file = unquote(metadata[PIECE_OF])
+    if not file or "/" in file:
+        return None  # somebody else's: it would lead into another folder
     number = None if found["name"].startswith("c") else int(found["name"])
-    return PieceName(found["folder"] + unquote(metadata[PIECE_OF]), found["id"], metadata[OWNER], number)
+    return PieceName(found["folder"] + file, found["id"], metadata[OWNER], number)
 
 
 def refusal(key: str) -> str | None:
