@@ -124,6 +124,8 @@ class LocalStorageBackend:
                 seen = read_marker(parent, name, place)
                 if seen is None:
                     raise
+                # The place is decided: nobody will come back for this copy.
+                empty_staging(parent, uid, staging)
                 return _judge(seen, uid, lambda: manifest.content_digest, place)
             os.fsync(parent)
             return stored_at(place, manifest, marker.digest(data), owner=True)
