@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 
 import pytest
@@ -42,20 +43,20 @@ def test_the_digest_does_not_depend_on_the_order() -> None:
     "change", [{"mode": 0o600}, {"mtime_ns": 5}, {"etag": '"x"'}, {"generation": 7}, {"parts": 3, "part_size": 1}]
 )
 def test_the_digest_does_not_depend_on_how_and_where_it_was_stored(change: dict[str, object]) -> None:
-    assert content_digest(TABLE.replace(files=[A.replace(**change), B])) == content_digest(TABLE)
+    assert content_digest(TABLE.replace(files=[dataclasses.replace(A, **change), B])) == content_digest(TABLE)
 
 
 @pytest.mark.parametrize(
     "other",
     [
         TABLE.replace(files=[A]),
-        TABLE.replace(files=[A.replace(size=2), B]),
-        TABLE.replace(files=[A.replace(sha256="ab"), B]),
-        TABLE.replace(files=[A.replace(path="A"), B]),
+        TABLE.replace(files=[dataclasses.replace(A, size=2), B]),
+        TABLE.replace(files=[dataclasses.replace(A, sha256="ab"), B]),
+        TABLE.replace(files=[dataclasses.replace(A, path="A"), B]),
         TABLE.replace(links=[]),
         TABLE.replace(links=[Link(path="l", target="b"), Link(path="m", target="a")]),
         TABLE.replace(empty_directories=["v"]),
-        TABLE.replace(files=[A, B.replace(path="b/e\u0301")]),
+        TABLE.replace(files=[A, dataclasses.replace(B, path="b/e\u0301")]),
     ],
 )
 def test_the_digest_changes_with_the_content(other: FileTable) -> None:

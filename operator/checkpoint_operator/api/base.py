@@ -7,6 +7,9 @@ from pydantic.alias_generators import to_camel
 
 JsonObject = dict[str, Any]
 
+WIRE = ConfigDict(alias_generator=to_camel, populate_by_name=True, extra="ignore")
+"""The same for a pydantic dataclass. (mypy reads a model's own configuration from its literal alone.)"""
+
 
 class ApiModel(BaseModel):
     """A value of the API.

@@ -15,6 +15,7 @@ from botocore.httpsession import get_cert_path
 from checkpoint_operator.api.errors import Reason
 from checkpoint_operator.api.protocol import TargetOptions
 from checkpoint_operator.api.uris import TargetURI
+from checkpoint_operator.storage import listing
 from checkpoint_operator.storage.errors import StorageError
 from checkpoint_operator.storage.s3_wire import CONNECT_SECONDS, STALL_SECONDS, Wire
 
@@ -72,7 +73,7 @@ def connect(uri: TargetURI, options: TargetOptions, streams: int) -> Connection:
                 connect_timeout=CONNECT_SECONDS,
                 read_timeout=2 * STALL_SECONDS,
                 tcp_keepalive=True,
-                max_pool_connections=streams + 2,
+                max_pool_connections=max(streams, listing.THREADS) + 2,
                 signature_version="s3v4",
                 s3={"addressing_style": "path" if options.force_path_style else "auto"},
                 # We send our own checksum with every body, and compare what comes back with the manifest.

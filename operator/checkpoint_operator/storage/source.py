@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 
 from wcmatch import glob
 
@@ -28,7 +29,7 @@ MAX_DEPTH = 64
 _GLOB = glob.GLOBSTAR | glob.DOTGLOB | glob.MATCHBASE | glob.FORCEUNIX
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True, order=True, slots=True)
 class SourceFile:
     """A file as the scan saw it. ``path`` is relative to the folder, with '/'."""
 
@@ -56,11 +57,11 @@ class Listing:
     def fingerprint(self) -> str:
         """``sha256:…`` over [path, size, mtimeNs] and what else the folder holds: cheap, and it changes with any write."""
         return digest_lines(
-            [
-                *([file.path, file.size, file.mtime_ns] for file in self.files),
-                *(["link", link.path, link.target] for link in self.links),
-                *(["directory", path] for path in self.empty_directories),
-            ]
+            chain(
+                ([file.path, file.size, file.mtime_ns] for file in self.files),
+                (["link", link.path, link.target] for link in self.links),
+                (["directory", path] for path in self.empty_directories),
+            )
         )
 
 

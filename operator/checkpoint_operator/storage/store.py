@@ -15,7 +15,7 @@ from typing import Protocol
 Buffer = bytes | bytearray | memoryview
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Entry:
     """One line of a listing. ``token`` names this version of the object (ETag, generation)."""
 
@@ -24,7 +24,7 @@ class Entry:
     token: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Stat:
     """What the store says of one object. ``checksum`` is in the form of :meth:`ObjectStore.checksum`."""
 
@@ -34,7 +34,7 @@ class Stat:
     owner: str | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Written:
     """The store confirmed a write; ``checksum`` is what it computed itself, None where it does not say."""
 
@@ -42,7 +42,7 @@ class Written:
     checksum: str | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Piece:
     """A body of ``size`` bytes whose :meth:`ObjectStore.digest` is ``digest``."""
 
@@ -50,7 +50,7 @@ class Piece:
     digest: bytes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Part:
     """Piece ``number`` (from 1) of an unfinished upload. ``digest`` is None where the store's listing does not say it."""
 
@@ -60,7 +60,7 @@ class Part:
     digest: bytes | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Upload:
     """An unfinished object in several pieces."""
 
