@@ -50,7 +50,8 @@ STALL = -1
 
 @dataclass
 class Rule:
-    """Requests whose "METHOD /path?query" the pattern finds are answered so instead, ``times`` often (None: always).
+    """Requests whose "METHOD /path?query" the pattern finds are answered so instead, ``times`` often (None: always), but
+    not the first ``after`` of them.
 
     ``status`` 0 passes the request on and then hangs up: the reply is lost. :data:`STALL` never answers.
     """
@@ -59,6 +60,18 @@ class Rule:
     status: int
     reason: str = ""
     times: int | None = None
+    after: int = 0
+
+    def takes(self, line: str) -> bool:
+        """Whether this request is one of them; counts."""
+        if self.times == 0 or not re.search(self.pattern, line):
+            return False
+        if self.after:
+            self.after -= 1
+            return False
+        if self.times:
+            self.times -= 1
+        return True
 
     def answer(self) -> bytes:
         reason, message = REASONS.get(self.status, ("", ""))
@@ -113,9 +126,7 @@ class Proxy:
         with self._lock:
             self.requests.append(line)
             self.sent += len(body)
-            rule = next((rule for rule in self.rules if rule.times != 0 and re.search(rule.pattern, line)), None)
-            if rule and rule.times:
-                rule.times -= 1
+            rule = next((rule for rule in self.rules if rule.takes(line)), None)
         if rule and rule.status == STALL:
             self._closing.wait()
             request.close_connection = True

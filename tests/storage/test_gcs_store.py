@@ -6,8 +6,10 @@ import json
 import os
 import re
 import socket
+import subprocess
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,10 +19,11 @@ import google_crc32c
 import pytest
 from gcs_world import STALL, GCSWorld, Rule
 from google.auth.exceptions import RefreshError, TransportError
-from storage_world import MARKER, make, refused, tree
+from storage_world import MARKER, MIB, make, refused, tree
 
-from checkpoint_operator.api.errors import Reason
-from checkpoint_operator.api.protocol import Layout, TargetOptions
+from checkpoint_operator.api.errors import ExitCode, Reason
+from checkpoint_operator.api.names import ENV_PLAN
+from checkpoint_operator.api.protocol import Layout, Operation, Plan, Source, TargetOptions
 from checkpoint_operator.storage import StorageManager, gcs, gcs_client, gcs_crc32c
 from checkpoint_operator.storage.errors import Cancelled
 from checkpoint_operator.storage.gcs_client import classify
@@ -163,6 +166,52 @@ def test_after_a_kill_the_pieces_that_are_there_are_not_sent_again(gcs_world: GC
     assert rest <= sent <= rest + 64 * KIB + 200 * KIB, "what is not sent again is what was there; the rest are requests"
     assert tree(gcs_world.download()) == tree(big_source)
     assert pieces(gcs_world) == []
+
+
+def start_mover(world: GCSWorld, source: Path, *, earlier_mover_gone: bool = False) -> subprocess.Popen[bytes]:
+    plan = Plan(
+        operation=Operation.UPLOAD,
+        artifact_uid="uid-a",
+        target_uri=str(world.uri()),
+        options=world.options,
+        source=Source(root=str(source.parent), path=source.name),
+        earlier_mover_gone=earlier_mover_gone,
+    )
+    return subprocess.Popen(
+        [sys.executable, "-m", "checkpoint_operator.mover"],
+        env={**os.environ, ENV_PLAN: plan.model_dump_json(by_alias=True, exclude_none=True)},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+def test_a_mover_that_is_killed_leaves_pieces_and_the_next_one_sends_only_the_rest(
+    gcs_world: GCSWorld, tmp_path: Path
+) -> None:
+    size = 16 * MIB
+    source = make(tmp_path / "source", {"model.bin": b"".join(bytes([number]) * size for number in range(5))})
+    # The claim and the question about conditions are four writes; then two pieces, and no answer to the third.
+    gcs_world.proxy.rules.append(Rule(UPLOAD, STALL, after=4 + 2))
+    first = start_mover(gcs_world, source)
+    deadline = time.monotonic() + 60
+    while len(pieces(gcs_world)) < 2:
+        assert first.poll() is None, first.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    first.kill()
+    first.communicate()
+    gcs_world.proxy.rules.clear()
+    assert gcs_world.uploads() == ["run/model.bin"]
+    assert json.loads(gcs_world.get(f"run/{MARKER}"))["state"] == "Uploading"
+
+    before = gcs_world.proxy.sent
+    second = start_mover(gcs_world, source, earlier_mover_gone=True)
+    _, log = second.communicate(timeout=120)
+    assert second.returncode == ExitCode.DONE, log.decode()
+    assert 3 * size < gcs_world.proxy.sent - before < 3 * size + 64 * KIB
+    assert gcs_world.paths() == [f"run/{name}" for name in (MARKER, "model.bin")]
+    assert tree(gcs_world.download()) == tree(source)
 
 
 @pytest.mark.usefixtures("small_pieces", "impatient")
