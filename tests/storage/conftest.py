@@ -25,7 +25,7 @@ from versity_world import versitygw_world as versitygw_world
 from checkpoint_operator.api.protocol import TargetOptions
 from checkpoint_operator.storage import objects, staging
 
-WORLDS = ["file", "s3", "gcs", "azure"]
+WORLDS = ["file", "s3", "versitygw", "gcs", "azure"]
 
 _FOREIGN = ("AWS_", "S3_", "AZURE_", "GOOGLE_", "STORAGE_EMULATOR_")
 
