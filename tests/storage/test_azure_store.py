@@ -502,6 +502,16 @@ def test_an_endpoint_that_answers_everything_with_a_page_raises_nothing_of_the_s
         thread.join()
 
 
+@pytest.mark.parametrize(("start", "length"), [(5, 100), (7, 1), (1 << 40, 8)])
+def test_a_range_that_the_blob_does_not_have_is_a_mismatch(azure_world: AzureWorld, start: int, length: int) -> None:
+    """As of a manifest that claims another size."""
+    store, key = azure_world.store(), azure_world.prefix + "x"
+    azure_world.put("x", b"content")
+    [entry] = store.list(key)
+    with refused(Reason.INTEGRITY_MISMATCH):
+        store.fetch(key, entry.token, start, length)
+
+
 # ---- Going on
 
 
