@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -95,7 +96,7 @@ def _without_weights(table: FileTable) -> FileTable:
 
 
 def _other_hash(table: FileTable) -> FileTable:
-    return table.replace(files=[file.replace(sha256="0" * 64) for file in table.files])
+    return table.replace(files=[replace(file, sha256="0" * 64) for file in table.files])
 
 
 def _other_link(table: FileTable) -> FileTable:
@@ -103,7 +104,7 @@ def _other_link(table: FileTable) -> FileTable:
 
 
 def _other_size(table: FileTable) -> FileTable:
-    return table.replace(files=[file.replace(size=file.size + 1) for file in table.files])
+    return table.replace(files=[replace(file, size=file.size + 1) for file in table.files])
 
 
 EDITS: dict[str, Callable[[Manifest], Manifest]] = {
