@@ -84,7 +84,7 @@ TABLE: list[Name] = [
     Name("dots alone", "...", DOT),
     Name("a control character above ASCII", "a\x85b", UNKNOWN),
     Name("a character of private use", "a\ue000b", UNKNOWN),
-    Name("a noncharacter of Unicode", "a\uffffb", UNKNOWN),
+    Name("a noncharacter of Unicode", "a\uffffb", {**UNKNOWN, Scheme.S3: "a character that no list in XML can name"}),
     Name("a key of 1,024 bytes", "1,024 bytes", key_bytes=1024),
     Name(
         "a key of 1,025 bytes",

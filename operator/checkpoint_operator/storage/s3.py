@@ -157,6 +157,8 @@ class S3Store:
             return f"makes a key of {length} bytes, S3 allows {MAX_KEY_BYTES}"
         if "//" in key:  # the key of a folder, for some servers
             return "has an empty segment"
+        if "\ufffe" in key or "\uffff" in key:  # no XML can say them, and lists are XML: some servers answer U+FFFD
+            return "has a noncharacter of Unicode, which S3's lists cannot name"
         return None
 
     def part_size(self, size: int) -> int:
