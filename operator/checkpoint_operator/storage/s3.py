@@ -6,7 +6,7 @@ Control requests are botocore's client's; bodies go over :mod:`checkpoint_operat
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from botocore.exceptions import BotoCoreError, ClientError
@@ -19,8 +19,11 @@ from checkpoint_operator.storage.errors import StorageError
 from checkpoint_operator.storage.s3_checksums import CRC64, MD5, Checksums
 from checkpoint_operator.storage.s3_connect import Connection, connect
 from checkpoint_operator.storage.s3_errors import classify, code_of, error_of, status_of
-from checkpoint_operator.storage.s3_wire import Answer, WireError
+from checkpoint_operator.storage.s3_wire import Answer, TooLarge, WireError
 from checkpoint_operator.storage.store import Buffer, Entry, Part, Piece, Stat, Upload, UploadLost, Written
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3.client import S3Client
 
 MIB = 1 << 20
 PART_SIZE = 8 * MIB
@@ -31,6 +34,8 @@ OWNER = "artifact-uid"
 """User metadata (x-amz-meta-artifact-uid) by which a deletion knows its own objects."""
 
 _GONE = ("NoSuchKey", "404")
+_ELSEWHERE = (301, 307, 400)
+"""How a bucket of another region answers."""
 # A part that is not what it was when it was sent: somebody else wrote to this upload.
 _OTHER_PARTS = ("NoSuchUpload", "InvalidPart", "InvalidPartOrder", "EntityTooSmall", "BadDigest")
 _FAILURES = (ClientError, BotoCoreError, WireError)
@@ -41,7 +46,7 @@ class S3Store:
 
     def __init__(self, connection: Connection, *, conditional: bool = True, checksums: Checksums = CRC64) -> None:
         self._connection = connection
-        self._client, self._bucket = connection.client, connection.bucket
+        self._bucket = connection.bucket
         self._conditional = conditional
         self._checksums = checksums
         options = connection.options
@@ -53,20 +58,31 @@ class S3Store:
             # Of the data alone: a marker in an archive could not be read any more.
             self._extra["StorageClass"] = options.storage_class
 
+    @property
+    def _client(self) -> "S3Client":
+        return self._connection.client
+
     def without_conditions(self) -> "S3Store":
         return S3Store(self._connection, conditional=False, checksums=self._checksums)
 
     def read(self, key: str) -> tuple[bytes, str] | None:
+        # Over the wire: botocore would not begin again where the body of an answer is cut.
         try:
-            answer = self._client.get_object(Bucket=self._bucket, Key=key)
-            if answer["ContentLength"] > marker.MAX_BYTES:
-                answer["Body"].close()
-                raise marker.too_large(answer["ContentLength"], f"s3://{self._bucket}/{key}")
-            return answer["Body"].read(), answer["ETag"]
-        except (ClientError, BotoCoreError) as error:
-            if code_of(error) in _GONE:
-                return None
+            answer = self._connection.wire.get(key, {}, marker.MAX_BYTES)
+            if answer.status in _ELSEWHERE:
+                # botocore's client knows where to look; from then on the wire does as well.
+                self._connection.follow(key)
+                answer = self._connection.wire.get(key, {}, marker.MAX_BYTES)
+        except TooLarge as error:
+            raise marker.too_large(error.size, f"s3://{self._bucket}/{key}") from error
+        except _FAILURES as error:
             raise self._refused(error, "read", key) from error
+        if answer.status == 200:
+            return bytes(answer.body), answer.headers["ETag"]
+        said = error_of(answer, "GetObject")
+        if code_of(said) in _GONE:
+            return None
+        raise self._refused(said, "read", key) from said
 
     def create(self, key: str, data: bytes) -> str | None:
         return None if self._is_taken(key) else self._write_small(key, data, self._if_absent())

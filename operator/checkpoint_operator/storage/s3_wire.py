@@ -47,6 +47,14 @@ class WireError(Exception):
     """No answer after all attempts; the message says what happened to the last one."""
 
 
+class TooLarge(WireError):
+    """The body has more bytes (``size``) than the caller takes."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(f"an answer of {size} bytes")
+        self.size = size
+
+
 @dataclass(frozen=True)
 class Answer:
     """A response whose body was read: ``body`` is the bytes of a range, or the XML of an error."""
@@ -121,7 +129,7 @@ class Wire:
         return self._request("PUT", key, query, {**headers, "Content-Length": str(len(body))}, payload, body, 0)
 
     def get(self, key: str, headers: Mapping[str, str], length: int) -> Answer:
-        """GET ``length`` bytes of an object. Raises :class:`WireError`, also where the body ends early or is longer."""
+        """GET at most ``length`` bytes of an object. Raises :class:`WireError`, :class:`TooLarge` where there are more."""
         return self._request("GET", key, "", headers, EMPTY_SHA256_HASH, b"", length)
 
     def _request(
@@ -242,17 +250,11 @@ def _send(connection: http.client.HTTPConnection, body: Buffer) -> None:
 
 
 def _read(response: http.client.HTTPResponse, most: int) -> Buffer:
-    """The body, into one buffer of its announced length; the other side does not decide how much memory we take."""
+    """The body, of its announced length; the other side does not decide how much memory we take."""
     if response.length is None:
         return response.read(most)
     if response.length > most:
-        raise http.client.HTTPException(f"an answer of {response.length} bytes where {most} are enough")
-    buffer = bytearray(response.length)
-    view, got = memoryview(buffer), 0
-    while got < len(view):
-        count = response.readinto(view[got:])
-        if not count:
-            raise http.client.IncompleteRead(b"", len(view) - got)
-        got += count
+        raise TooLarge(response.length)
+    body = response.read(response.length)
     response.close()
-    return buffer
+    return body

@@ -82,7 +82,7 @@ class Selection:
 
 def _matches(path: str, patterns: Sequence[str]) -> bool:
     parts = path.split("/")
-    return any(glob.globmatch("/".join(parts[:depth]), patterns, flags=_GLOB) for depth in range(len(parts), 0, -1))
+    return any(glob.globmatch("/".join(parts[:depth]), patterns, flags=_GLOB, limit=0) for depth in range(len(parts), 0, -1))
 
 
 @dataclass

@@ -32,6 +32,7 @@ class TLSStream:
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._incoming, self._outgoing, server_hostname=host)
         self._received = memoryview(bytearray(_RECEIVED_AT_ONCE))
+        self._readers, self._is_closed = 0, False
         while True:
             try:
                 self._tls.do_handshake()
@@ -72,11 +73,21 @@ class TLSStream:
         return got
 
     def makefile(self, mode: str) -> io.BufferedReader:
-        """What :class:`http.client.HTTPResponse` reads from."""
+        """What :class:`http.client.HTTPResponse` reads from, also after the connection was closed, as a socket has it."""
+        self._readers += 1
         return io.BufferedReader(_Reader(self))
 
     def close(self) -> None:
-        self._socket.close()
+        """The last one closes the socket: this call, or that of a reader."""
+        self._is_closed = True
+        if self._readers == 0:
+            self._socket.close()
+
+    def release(self) -> None:
+        """A reader has ended."""
+        self._readers -= 1
+        if self._is_closed:
+            self.close()
 
     def _receive(self) -> None:
         self._flush()
@@ -102,3 +113,8 @@ class _Reader(io.RawIOBase):
         with suppress(ConnectionResetError):
             return self._stream.recv_into(buffer)
         return 0
+
+    def close(self) -> None:
+        if not self.closed:
+            super().close()
+            self._stream.release()

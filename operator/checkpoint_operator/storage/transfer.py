@@ -133,6 +133,8 @@ class Transfer:
         key = self.prefix + file.path
         with self.tree.open(file) as source:
             if file.path in self.existing and (stat := self.store.stat(key)) is not None:
+                for upload in self.unfinished.get(key, ()):  # of no use to anybody: the object is there
+                    self.store.abort_upload(upload.key, upload.id)
                 return self._compare(source, stat, None)
             for _ in range(_TRIES):
                 sending = _Sending(self, source, key)
@@ -245,8 +247,12 @@ class _Sending:
             written = self._store.finish_upload(self.key, upload_id, parts, self._transfer.owner)
         except BaseException as error:
             self._broken.set()
-            self._give_up(upload_id, sending, error)
-            raise
+            wait(sending)
+            cause = _cause(sending, error)
+            self._give_up(upload_id, sending, cause)
+            if cause is error:
+                raise
+            raise cause from None
         if written is None:
             self._give_up(upload_id, sending, None)
         return written
@@ -299,6 +305,14 @@ class _Sending:
 def _may_go_on(error: BaseException) -> bool:
     """Whether an attempt after this error could use the same parts."""
     return not isinstance(error, StorageError) or (error.retryable and error.reason is not Reason.SOURCE_CHANGED)
+
+
+def _cause(futures: Iterable[Future[Outcome]], error: BaseException) -> BaseException:
+    """What ended an upload: a reader that was stopped says Cancelled, the sender that stopped it knows why."""
+    if not isinstance(error, Cancelled):
+        return error
+    failed = (failure for future in futures if (failure := future.exception()) is not None)
+    return next((failure for failure in failed if not isinstance(failure, Cancelled)), error)
 
 
 def _raise_first(futures: Iterable[Future[Outcome]]) -> None:
