@@ -1,11 +1,14 @@
 """``python -m checkpoint_operator.mover``: how both executors start a mover."""
 
-import os
+import gc
 import sys
 
-# A mover starts once for each artifact, and pydantic would look through every installed package for plugins first.
-os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
+# A mover starts once for each artifact, and nothing that an import makes is ever garbage: do not look for it, now or later.
+gc.disable()
 
 from checkpoint_operator.mover.main import main
+
+gc.freeze()
+gc.enable()
 
 sys.exit(main())

@@ -15,32 +15,37 @@ class Meter:
     report: Callable[[Progress], None] | None = None
     clock: Callable[[], float] = time.monotonic
     _lock: threading.Lock = field(default_factory=threading.Lock)
-    _state: Progress = field(default_factory=Progress)
+    _total: Progress = field(default_factory=Progress)
+    _bytes: int = 0
+    _files: int = 0
     _started: float = 0.0
     _reported: float = float("-inf")
 
     def start(self, stage: Stage, files: int, size: int) -> None:
         with self._lock:
             self._started = self.clock()
-            self._state = Progress(stage=stage, files_total=files, bytes_total=size)
+            self._total = Progress(stage=stage, files_total=files, bytes_total=size)
+            self._bytes = self._files = 0
             self._report(force=True)
 
     def add(self, size: int, files: int = 0) -> None:
         with self._lock:
-            seconds = max(self.clock() - self._started, 1e-3)
-            done = self._state.bytes_done + size
-            self._state = self._state.replace(
-                bytes_done=done, files_done=self._state.files_done + files, bytes_per_second=int(done / seconds)
-            )
+            self._bytes += size
+            self._files += files
             self._report(force=False)
 
     def stage(self, stage: Stage) -> None:
         with self._lock:
-            self._state = self._state.replace(stage=stage)
+            self._total = self._total.replace(stage=stage)
             self._report(force=True)
 
     def _report(self, *, force: bool) -> None:
         now = self.clock()
         if self.report and (force or now - self._reported >= 1.0):
             self._reported = now
-            self.report(self._state)
+            seconds = max(now - self._started, 1e-3)
+            self.report(
+                self._total.replace(
+                    bytes_done=self._bytes, files_done=self._files, bytes_per_second=int(self._bytes / seconds)
+                )
+            )
