@@ -6,7 +6,7 @@ import sys
 # A mover starts once for each artifact, and nothing that an import makes is ever garbage: do not look for it, now or later.
 gc.disable()
 
-from checkpoint_operator.mover.main import main
+from checkpoint_operator.mover.main import main  # noqa: E402
 
 gc.freeze()
 gc.enable()

@@ -12,20 +12,26 @@ Whoever waits can be let go: a call that is given ``cancelled`` looks at it betw
 :class:`checkpoint_operator.storage.errors.Cancelled`, and leaves nothing that anybody would take for an artifact.
 """
 
+import re
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from checkpoint_operator.api.errors import Reason
 from checkpoint_operator.api.metadata import ArtifactMetadata
 from checkpoint_operator.api.protocol import Layout, Progress, Stored
 from checkpoint_operator.api.uris import TargetURI
+from checkpoint_operator.storage.errors import StorageError
 from checkpoint_operator.storage.marker import Manifest
 from checkpoint_operator.storage.source import Selection
 
 OnProgress = Callable[[Progress], None]
 """Told how far a transfer is: at the start and the end of each stage, and at most once a second between. Any thread."""
+
+# It becomes part of the names of files, and of headers.
+_UID = re.compile(r"[A-Za-z0-9_:-][A-Za-z0-9_.:-]{0,127}")
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,13 @@ class UploadRequest:
     keep_parts: bool = False
     on_write: Callable[[], None] = lambda: None
     """Called before anything is written to the store: what fails earlier leaves nothing to clean up."""
+
+    def __post_init__(self) -> None:
+        if self.uid is not None and not _UID.fullmatch(self.uid):
+            raise StorageError(
+                Reason.INVALID_SPEC,
+                f"the uid {self.uid[:80]!r} is none: up to 128 letters, digits and any of '-_.:', no '.' at its beginning",
+            )
 
 
 @dataclass(frozen=True)

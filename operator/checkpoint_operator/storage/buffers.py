@@ -24,14 +24,15 @@ class Buffers:
         """A buffer of exactly this size, with anything in it; waits until the budget allows it."""
         with self._changed:
             self._changed.wait_for(lambda: not self._lent or self._lent + size <= self._budget)
-            self._lent += size
-            fitting = next((kept for kept in self._kept if size <= len(kept) < 2 * size), None)
+            fitting = next((kept for kept in self._kept if len(kept) == size), None)
             if fitting is not None:
                 self._kept.remove(fitting)
             else:
-                while self._kept and self._lent + sum(map(len, self._kept)) > self._budget:
+                while self._kept and self._lent + size + sum(map(len, self._kept)) > self._budget:
                     self._kept.pop()
-        return memoryview(fitting if fitting is not None else bytearray(size))[:size]
+                fitting = bytearray(size)
+            self._lent += size
+        return memoryview(fitting)
 
     def give(self, buffer: memoryview) -> None:
         """Hand a buffer back; nobody may look at it any more."""

@@ -165,7 +165,10 @@ class Bucket:
         def receive() -> tuple[bytes, str, int]:
             with self._session.request("GET", url, params=params, headers=headers, timeout=TIMEOUT, stream=True) as answer:
                 _checked(answer)
-                size = int(answer.headers.get("Content-Length", 0))
+                announced = answer.headers.get("Content-Length")
+                if announced is None:
+                    raise ConnectionError("the answer does not say how long it is")
+                size = int(announced)
                 read = limit is None or size <= limit
                 body = answer.raw.read(size, decode_content=False) if read else b""
                 if read and len(body) != size:

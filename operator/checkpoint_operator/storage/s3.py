@@ -48,6 +48,7 @@ class S3Store:
         self._connection = connection
         self._bucket = connection.bucket
         self._conditional = conditional
+        self._deletes_conditionally: bool | None = None
         self._checksums = checksums
         options = connection.options
         self._encryption: dict[str, Any] = {}
@@ -117,16 +118,29 @@ class S3Store:
             raise self._refused(error, "write", key) from error
 
     def remove(self, key: str, token: str) -> None:
-        condition: dict[str, Any] = {"IfMatch": token}
-        if not self._conditional:
-            stat = self.stat(key)
-            if stat is None or stat.token != token:
-                return
-            condition = {}
+        if self._conditional and self._deletes_conditionally:
+            self._delete(key, token)
+            return
+        stat = self.stat(key)
+        if stat is None or stat.token != token:
+            return
+        if self._conditional and self._deletes_conditionally is None:
+            # Not every store that knows conditions on PUT knows them on DELETE. This is the right version by all that one
+            # can know without: if a wrong condition removes it, that was right too, and from now on we look first.
+            self._delete(key, '"0"')
+            self._deletes_conditionally = self.stat(key) is not None
+            self.remove(key, token)
+            return
+        self._delete(key, None)
+
+    def _delete(self, key: str, token: str | None) -> None:
+        condition: dict[str, Any] = {"IfMatch": token} if token else {}
         try:
             self._client.delete_object(Bucket=self._bucket, Key=key, **condition)
         except (ClientError, BotoCoreError) as error:
-            if status_of(error) != 412 and code_of(error) not in _GONE:
+            if status_of(error) == 501 and condition:
+                self._deletes_conditionally = False
+            elif status_of(error) != 412 and code_of(error) not in _GONE:
                 raise self._refused(error, "delete", key) from error
 
     def list(self, prefix: str) -> Iterator[Entry]:
@@ -286,8 +300,7 @@ class S3Store:
     def honours_conditions(self, probe_key: str) -> bool:
         # A store that knows no conditions ignores them: then the second create overwrites, and the wrong If-Match too.
         try:
-            if self._probe_create(probe_key) is None:
-                return True
+            self._probe_create(probe_key)
             refused = self.create(probe_key, b"2") is None and self.swap(probe_key, '"0"', b"3") is None
         except StorageError as error:
             if error.reason is not Reason.CONDITIONAL_WRITES_UNSUPPORTED:

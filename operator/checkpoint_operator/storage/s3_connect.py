@@ -71,7 +71,7 @@ class Connection:
     def _open_plain_wire(self) -> Wire:
         endpoint = (self.options.endpoint or "").rstrip("/")
         credentials = Credentials(*self._given())
-        tls = self._trust(None) if endpoint.startswith("https:") else None
+        tls = self._trust(None) if urlsplit(endpoint).scheme == "https" else None
         return Wire(f"{endpoint}/{self.bucket}", credentials, self.options.region or "", tls, limit=self._streams)
 
     def _open_wire(self, client: "S3Client") -> Wire:

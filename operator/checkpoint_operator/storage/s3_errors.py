@@ -1,7 +1,5 @@
 """What the errors of S3 mean: one table from its codes to our reasons."""
 
-import xml.etree.ElementTree as ET
-
 from botocore.exceptions import (
     ClientError,
     ConnectionError,
@@ -13,7 +11,7 @@ from botocore.exceptions import (
 )
 
 from checkpoint_operator.api.errors import Reason
-from checkpoint_operator.storage.s3_wire import Answer, WireError
+from checkpoint_operator.storage.s3_wire import Answer, WireError, said
 
 # https://docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html; what is missing here is judged by its status.
 _REASONS: dict[str, Reason] = {
@@ -63,14 +61,8 @@ def classify(error: Exception) -> tuple[Reason, str, str | None]:
 
 def error_of(answer: Answer, operation: str) -> ClientError:
     """An error that came over the wire, as botocore's client would have raised it."""
-    code, message = str(answer.status), ""
-    try:
-        document = ET.fromstring(bytes(answer.body))  # noqa: S314 - expat neither fetches nor expands without end
-    except ET.ParseError:
-        pass
-    else:
-        found = {element.tag.rpartition("}")[2]: element.text or "" for element in document}
-        code, message = found.get("Code", code), found.get("Message", "")
+    found = said(answer)
+    code, message = found.get("Code", str(answer.status)), found.get("Message", "")
     request_id = answer.headers.get("x-amz-request-id")
     return ClientError(
         {

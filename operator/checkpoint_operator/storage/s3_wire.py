@@ -10,11 +10,13 @@ dropped and the request made again on another. 503 SlowDown halves how many requ
 
 import hashlib
 import http.client
+import logging
 import socket
 import ssl
 import threading
 import time
 import weakref
+import xml.etree.ElementTree as ET
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -26,6 +28,7 @@ from urllib.request import getproxies, proxy_bypass
 from botocore.auth import EMPTY_SHA256_HASH, UNSIGNED_PAYLOAD, S3SigV4Auth
 from urllib3.exceptions import MaxRetryError
 from urllib3.util import Retry, make_headers
+from urllib3.util.wait import wait_for_read
 
 from checkpoint_operator.storage.store import Buffer
 from checkpoint_operator.storage.tls import TLSStream
@@ -38,7 +41,8 @@ STALL_SECONDS = 30.0
 ATTEMPTS = 6
 _SLICE = 1 << 20
 """Bytes that are given to the socket at once: a timeout counts for one of them, not for the whole body."""
-_SMALL = 256 << 10
+_SMALL = 96 << 10
+_LONGEST_ERROR = 64 << 10
 _AGAIN = frozenset({408, 429, 500, 502, 503, 504})
 _SLOW = frozenset({429, 503})
 
@@ -114,8 +118,10 @@ class Wire:
     ) -> None:
         self._base = base_url.rstrip("/")
         url = urlsplit(self._base)
+        if (url.scheme == "https") != (tls is not None):
+            raise ValueError(f"TLS goes with https, not with {url.scheme}")
         self._connect = _Connector(url.scheme, url.hostname or "", url.port, tls)
-        self._signer = _Signer(credentials, "s3", region)
+        self._credentials, self._region = credentials, region
         self._has_tls = tls is not None
         self._turn = threading.Lock()
         self._idle: deque[http.client.HTTPConnection] = deque()
@@ -145,8 +151,9 @@ class Wire:
                     answer = self._once(_Request(method, url, dict(headers), {"payload": payload}), body, length)
             except (OSError, http.client.HTTPException) as error:
                 failed = error
+                _close_all(self._idle)  # whatever happened to this connection may have happened to all of them
             if answer is not None:
-                if answer.status not in _AGAIN:
+                if not _may_pass(answer):
                     self.gate.went_well()
                     return answer
                 if answer.status in _SLOW:
@@ -162,22 +169,25 @@ class Wire:
             time.sleep(retry.get_backoff_time())
 
     def _once(self, request: "_Request", body: Buffer, length: int) -> Answer:
+        signer = _Signer(self._credentials.get_frozen_credentials(), "s3", self._region)
+        connection = self._take()
         # Of small bodies there are thousands. Threads that all want the interpreter's lock between two system calls take
         # it from each other a hundred times for each file; one that goes on to its answer undisturbed is twice as fast.
-        turn = self._turn if len(body) < _SMALL else nullcontext()
-        with turn:
-            request.headers["host"] = self._connect.host
-            self._signer.add_auth(request)  # type: ignore[arg-type]  # as much of one as it looks at
-            connection = self._idle.pop() if self._idle else self._connect.open()
-            try:
+        # Nobody waits in here: a small body on TLS goes into memory, and to the socket when its answer is read.
+        turn = self._turn if self._has_tls and len(body) < _SMALL else nullcontext()
+        try:
+            with turn:
+                request.headers["host"] = self._connect.host
+                signer.add_auth(request)  # type: ignore[arg-type]  # as much of one as it looks at
                 response = self._send(connection, request, body)
-            except BaseException:
-                connection.close()
-                raise
+        except BaseException:
+            connection.close()
+            raise
         try:
             response.begin()
             content = _read(response, max(length, _SLICE))
         except BaseException:
+            response.close()
             connection.close()
             raise
         if response.will_close:
@@ -186,12 +196,23 @@ class Wire:
             self._idle.append(connection)
         return Answer(response.status, cast(Mapping[str, str], response.headers), content)
 
+    def _take(self) -> http.client.HTTPConnection:
+        """A connection; not one that the other side has closed, or on which it has said what nobody asked for."""
+        while True:
+            try:
+                connection = self._idle.pop()
+            except IndexError:
+                return self._connect.open()
+            if not wait_for_read(connection.sock, timeout=0):
+                return connection
+            connection.close()
+
     def _send(self, connection: http.client.HTTPConnection, request: "_Request", body: Buffer) -> http.client.HTTPResponse:
         lines = [f"{request.method} {self._connect.target(request.url)} HTTP/1.1"]
-        lines += [f"{name}: {value}" for name, value in request.headers.items()]
+        lines += [f"{name}: {value}" for name, value in {**request.headers, **self._connect.headers}.items()]
         head = "\r\n".join(lines)
-        if head.count("\n") != len(lines) - 1:
-            raise WireError("a header has a line break in it")
+        if not head.replace("\r\n", "").isprintable() or head.count("\n") != len(lines) - 1:
+            raise WireError("a header has a control character in it")
         sock = connection.sock
         try:
             sock.sendall(head.encode("latin-1", "strict") + b"\r\n\r\n")
@@ -218,6 +239,17 @@ class _Request:
     data: bytes = b""
 
 
+class _NotInDetail(logging.Filter):
+    """botocore logs canonical requests and headers at DEBUG, with the session token in clear."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return record.levelno > logging.DEBUG
+
+
+for _name in ("botocore.auth", "botocore.endpoint"):
+    logging.getLogger(_name).addFilter(_NotInDetail())
+
+
 class _Signer(S3SigV4Auth):
     """botocore's signature, over a payload hash that the caller has decided on."""
 
@@ -236,11 +268,18 @@ class _Connector:
             self.host += f":{self._port}"
         proxy = None if proxy_bypass(host) else getproxies().get(scheme)
         self._proxy = urlsplit(proxy if "://" in proxy else f"http://{proxy}") if proxy else None
+        if self._proxy and self._proxy.scheme != "http":
+            raise WireError(f"a proxy is spoken to in http://, not in {self._proxy.scheme}://")
         self._proxy_headers: dict[str, str] = {}
         if self._proxy and self._proxy.username:
             self._proxy_headers = make_headers(
                 proxy_basic_auth=f"{unquote(self._proxy.username)}:{unquote(self._proxy.password or '')}"
             )
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """What the proxy is told with each request; through a tunnel only the tunnel itself is asked for."""
+        return {} if self._tls else self._proxy_headers
 
     def target(self, url: str) -> str:
         """What stands in the request line."""
@@ -254,7 +293,11 @@ class _Connector:
         connection.timeout = CONNECT_SECONDS
         if self._proxy and self._tls:
             connection.set_tunnel(self._host, self._port, self._proxy_headers)
-        connection.connect()
+        try:
+            connection.connect()
+        except BaseException:
+            connection.close()
+            raise
         if not self._tls:
             connection.sock.settimeout(STALL_SECONDS)
         return connection
@@ -279,11 +322,32 @@ def _close_all(idle: deque[http.client.HTTPConnection]) -> None:
 
 
 def _read(response: http.client.HTTPResponse, most: int) -> Buffer:
-    """The body, of its announced length; the other side does not decide how much memory we take."""
-    if response.length is None:
-        return response.read(most)
-    if response.length > most:
-        raise TooLarge(response.length)
-    body = response.read(response.length)
+    """The whole body; the other side decides neither how much memory we take, nor that a part of it is enough."""
+    announced = response.length
+    if announced is None and not response.chunked:
+        raise http.client.HTTPException("an answer that does not say how long it is")
+    if announced is not None and announced > most:
+        raise TooLarge(announced)
+    body = response.read(most if announced is None else announced)
+    if announced is not None and len(body) != announced:
+        raise http.client.IncompleteRead(b"", announced - len(body))
+    if response.read(1):
+        raise TooLarge(most + 1)
     response.close()
     return body
+
+
+def said(answer: Answer) -> dict[str, str]:
+    """The elements of an error document; nothing where the body is none."""
+    if answer.status < 300 or len(answer.body) > _LONGEST_ERROR:
+        return {}
+    try:
+        document = ET.fromstring(bytes(answer.body))  # noqa: S314 - expat neither fetches nor expands without end
+    except (ET.ParseError, ValueError, LookupError):  # an encoding that it does not know
+        return {}
+    return {element.tag.rpartition("}")[2]: element.text or "" for element in document}
+
+
+def _may_pass(answer: Answer) -> bool:
+    # AWS's word for a body that stalled on its way.
+    return answer.status in _AGAIN or (answer.status == 400 and said(answer).get("Code") == "RequestTimeout")

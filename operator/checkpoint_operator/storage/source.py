@@ -74,15 +74,23 @@ class Selection:
 
     def wants(self, path: str) -> bool:
         """Whether a file is stored. A pattern that names a folder speaks for everything below it."""
-        return (not self.include or _matches(path, self.include)) and not self.excludes(path)
+        return (not self.include or _matches(path, self._included)) and not self.excludes(path)
 
     def excludes(self, path: str) -> bool:
-        return bool(self.exclude) and _matches(path, self.exclude)
+        return bool(self.exclude) and _matches(path, self._excluded)
+
+    @cached_property
+    def _included(self) -> "glob.WcMatcher[str]":
+        return glob.compile(self.include, flags=_GLOB, limit=0)
+
+    @cached_property
+    def _excluded(self) -> "glob.WcMatcher[str]":
+        return glob.compile(self.exclude, flags=_GLOB, limit=0)
 
 
-def _matches(path: str, patterns: Sequence[str]) -> bool:
+def _matches(path: str, patterns: "glob.WcMatcher[str]") -> bool:
     parts = path.split("/")
-    return any(glob.globmatch("/".join(parts[:depth]), patterns, flags=_GLOB, limit=0) for depth in range(len(parts), 0, -1))
+    return any(patterns.match("/".join(parts[:depth])) for depth in range(len(parts), 0, -1))
 
 
 @dataclass

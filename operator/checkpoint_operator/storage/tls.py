@@ -72,6 +72,10 @@ class TLSStream:
                 got += count
         return got
 
+    def fileno(self) -> int:
+        """For a look whether something has come; what was received already is in our memory and is not seen by it."""
+        return self._socket.fileno()
+
     def makefile(self, mode: str) -> io.BufferedReader:
         """What :class:`http.client.HTTPResponse` reads from, also after the connection was closed, as a socket has it."""
         self._readers += 1

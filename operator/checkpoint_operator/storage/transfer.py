@@ -4,9 +4,9 @@ A byte is read from the volume once, into a private buffer. The one thread that 
 SHA-256 of a whole file can only go forward; the buffer is then handed to one of several senders, which computes the store's
 own checksum and gives both to the store. So a large file is hashed and sent at the same time, over several connections.
 
-Memory: :data:`BUFFER_BUDGET` for bodies (48 MiB), or one part where a part is larger: parts have 8 MiB, and a ten
-thousandth of the file where that is more (so from a file of 480 GB on one part is in flight at a time, and the largest file
-that S3 takes, 5 TiB, needs 525 MiB). On top of it about one KiB for each file of the artifact, for its line in the manifest.
+Memory: :data:`BUFFER_BUDGET` for bodies (48 MiB: six parts of 8 MiB), or one part where a part is larger. A part has 8 MiB,
+and a ten thousandth of the file where that is more: from a file of 234 GiB on one part is in flight at a time, and the
+largest file that S3 takes, 5 TiB, needs 525 MiB. On top of it about half a KiB for each file, for its line in the manifest.
 """
 
 import hashlib
