@@ -118,13 +118,13 @@ def test_a_prefix_of_another_artifacts_name_is_another_place(world: World, sourc
     names = ["ckpt-1", "ckpt-10", "ckpt-1.bak", "ckpt-1 ", "ckpt-"]
     if world.uri().scheme == "file":
         names.append(f"ckpt-1{local.PARTIAL}")
-    for name in names:
-        world.upload(source, name, uid=f"uid {name}")
+    for number, name in enumerate(names, 1):
+        world.upload(source, name, uid=f"uid-{number}")
     assert [found.storage_path for found in world.backend.list_artifacts(world.uri("ckpt-1"))] == [str(world.uri("ckpt-1"))]
-    assert world.delete("ckpt-1", "uid ckpt-1", force=True) == "nothing is left there"
+    assert world.delete("ckpt-1", "uid-1", force=True) == "nothing is left there"
     for name in names[1:]:
         assert tree(world.download(name)) == tree(source)
-        assert "belongs to" in world.delete(name, "uid ckpt-1")
+        assert "belongs to" in world.delete(name, "uid-1")
     with pytest.raises(StorageError):
         world.download("ckpt-1")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zlib
 from pathlib import Path
 
 import name_table
@@ -54,14 +55,14 @@ def test_every_place_is_kept_exactly(world: World, tmp_path: Path, subtests: pyt
     tiny = make(tmp_path / "tiny", {"x": b"x"})
     for what, place in PLACES.items():
         with subtests.test(what):
-            assert world.upload(tiny, place, uid=f"uid {what}").storage_uri == f"{world.base}/{place}"
+            assert world.upload(tiny, place, uid=f"uid-{zlib.crc32(what.encode())}").storage_uri == f"{world.base}/{place}"
     listed = [found.storage_path for found in world.backend.list_artifacts(world.uri("x").parse(world.base))]
     assert sorted(map(str, listed)) == sorted(f"{world.base}/{place}" for place in PLACES.values())
     assert world.paths() == sorted(f"{place}/{name}" for place in PLACES.values() for name in (MARKER, "x"))
     for what, place in PLACES.items():
         with subtests.test(f"and removed again: {what}"):
             assert tree(world.download(place)) == {"x": b"x"}
-            world.delete(place, f"uid {what}")
+            world.delete(place, f"uid-{zlib.crc32(what.encode())}")
     assert world.paths() == []
 
 
