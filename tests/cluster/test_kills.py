@@ -331,8 +331,8 @@ LONG_NAME = "c" * 1000
             "google",
             with_file,
             {"uri": "gs://bucket/bad-input/google"},
-            "BackendNotInstalled",
-            ("gs://", "use s3:// or file://"),
+            "CredentialsMissing",
+            ("no credential profile", "this target"),
         ),
     ],
 )
