@@ -42,9 +42,14 @@ ATTEMPTS = 6
 _SLICE = 1 << 20
 """Bytes that are given to the socket at once: a timeout counts for one of them, not for the whole body."""
 _SMALL = 96 << 10
+_FRESH_SECONDS = 1.0
+"""A connection that was used so lately is not looked at before it is used again; if it died after all, there is a retry."""
 _LONGEST_ERROR = 64 << 10
 _AGAIN = frozenset({408, 429, 500, 502, 503, 504})
 _SLOW = frozenset({429, 503})
+
+_Idle = tuple[float, http.client.HTTPConnection]
+"""(when it was put back, the connection)"""
 
 
 class WireError(Exception):
@@ -124,7 +129,7 @@ class Wire:
         self._credentials, self._region = credentials, region
         self._has_tls = tls is not None
         self._turn = threading.Lock()
-        self._idle: deque[http.client.HTTPConnection] = deque()
+        self._idle: deque[_Idle] = deque()
         self.gate = Gate(limit)
         # As urllib3's pools do: whoever lets go of the wire need not close it.
         weakref.finalize(self, _close_all, self._idle)
@@ -193,17 +198,17 @@ class Wire:
         if response.will_close:
             connection.close()
         else:
-            self._idle.append(connection)
+            self._idle.append((time.monotonic(), connection))
         return Answer(response.status, cast(Mapping[str, str], response.headers), content)
 
     def _take(self) -> http.client.HTTPConnection:
         """A connection; not one that the other side has closed, or on which it has said what nobody asked for."""
         while True:
             try:
-                connection = self._idle.pop()
+                since, connection = self._idle.pop()
             except IndexError:
                 return self._connect.open()
-            if not wait_for_read(connection.sock, timeout=0):
+            if time.monotonic() - since < _FRESH_SECONDS or not wait_for_read(connection.sock, timeout=0):
                 return connection
             connection.close()
 
@@ -316,9 +321,9 @@ class _TLSConnection(http.client.HTTPConnection):
         self.sock = cast(socket.socket, TLSStream(self.sock, self._tls, self._name))
 
 
-def _close_all(idle: deque[http.client.HTTPConnection]) -> None:
+def _close_all(idle: deque[_Idle]) -> None:
     while idle:
-        idle.pop().close()
+        idle.pop()[1].close()
 
 
 def _read(response: http.client.HTTPResponse, most: int) -> Buffer:

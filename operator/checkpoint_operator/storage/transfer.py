@@ -28,7 +28,7 @@ from checkpoint_operator.storage.meter import Meter
 from checkpoint_operator.storage.source import Listing, OpenFile, SourceFile, SourceTree
 from checkpoint_operator.storage.store import ObjectStore, Part, Piece, Stat, Upload, UploadLost, Written
 
-FILES_AT_ONCE = 8
+FILES_AT_ONCE = 6
 """Files that are read at the same time; small ones are sent by the thread that read them."""
 STREAMS = 8
 """Requests with a body that are under way at the same time."""
