@@ -1,7 +1,7 @@
 """A few threads that share one list of things to do, where the first failure ends the work of all."""
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import TypeVar
 
@@ -55,5 +55,9 @@ def for_each(
         finally:  # a KeyboardInterrupt in a notebook as well
             end()
     if failures:
-        # What was cancelled because of another failure is not the cause.
-        raise next((error for error in failures if not isinstance(error, Cancelled)), failures[0])
+        raise first_cause(failures)
+
+
+def first_cause(failures: Sequence[BaseException]) -> BaseException:
+    """Of several failures the one to tell: what was cancelled because of another one is not the cause."""
+    return next((error for error in failures if not isinstance(error, Cancelled)), failures[0])

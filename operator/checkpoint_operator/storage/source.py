@@ -356,31 +356,18 @@ class OpenFile:
     file: SourceFile
     descriptor: int
 
-    def read(self, offset: int, length: int) -> bytes:
-        """Exactly ``length`` bytes at ``offset``.
+    def read(self, offset: int, length: int) -> bytearray:
+        """Exactly ``length`` bytes at ``offset``. Raises as :meth:`read_into` does."""
+        body = bytearray(length)
+        self.read_into(offset, memoryview(body))
+        return body
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill a buffer with the bytes at ``offset``.
 
         Raises:
             StorageError: SourceChanged when the file has become shorter, SourceUnreadable on an I/O error.
         """
-        chunks: list[bytes] = []
-        while length > 0:
-            try:
-                chunk = os.pread(self.descriptor, length, offset)
-            except OSError as error:
-                raise StorageError(
-                    Reason.SOURCE_UNREADABLE,
-                    f"reading '{self.file.path}' failed: {error.strerror}",
-                    path=self.file.path,
-                ) from error
-            if not chunk:
-                raise self._changed("became shorter")
-            chunks.append(chunk)
-            offset += len(chunk)
-            length -= len(chunk)
-        return chunks[0] if len(chunks) == 1 else b"".join(chunks)
-
-    def read_into(self, offset: int, buffer: memoryview) -> None:
-        """Fill a buffer with the bytes at ``offset``. Raises as :meth:`read` does."""
         got = 0
         while got < len(buffer):
             try:

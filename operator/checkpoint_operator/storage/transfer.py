@@ -12,7 +12,7 @@ largest file that S3 takes, 5 TiB, needs 525 MiB. On top of it about half a KiB 
 import hashlib
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
@@ -25,6 +25,7 @@ from checkpoint_operator.storage.commit import Found, Put
 from checkpoint_operator.storage.errors import Cancelled, StorageError
 from checkpoint_operator.storage.manifest import FileTable, StoredFile
 from checkpoint_operator.storage.meter import Meter
+from checkpoint_operator.storage.parallel import first_cause, for_each
 from checkpoint_operator.storage.source import Listing, OpenFile, SourceFile, SourceTree
 from checkpoint_operator.storage.store import ObjectStore, Part, Piece, Stat, Upload, UploadLost, Written
 
@@ -100,28 +101,13 @@ class Transfer:
         """The outcomes in any order; the first failure stops the others at their next part."""
         self._stop.clear()
         outcomes: list[Outcome] = []
-        waiting = iter(files)
-        turn = threading.Lock()
-
-        def run() -> None:
-            while not self._stop.is_set():
-                with turn:
-                    file = next(waiting, None)
-                if file is None:
-                    return
-                outcomes.append(work(file))
-
-        workers = min(self.files_at_once, len(files))
-        if workers == 0:
-            return outcomes
-        with ThreadPoolExecutor(workers, thread_name_prefix="read") as pool:
-            futures = [pool.submit(run) for _ in range(workers)]
-            try:
-                wait(futures, return_when=FIRST_EXCEPTION)
-            finally:  # a KeyboardInterrupt in a notebook as well: the pool would send everything before it lets us go
-                if not all(future.done() and not future.exception() for future in futures):
-                    self._stop.set()
-        _raise_first(futures)
+        for_each(
+            lambda file: outcomes.append(work(file)),
+            files,
+            workers=max(1, min(self.files_at_once, len(files))),
+            name="read",
+            on_stop=self._stop.set,
+        )
         return outcomes
 
     def _check_cancelled(self) -> None:
@@ -231,7 +217,9 @@ class _Sending:
         sending: list[Future[Part]] = []
         try:
             for number, (offset, length) in enumerate(self.cut.ranges, 1):
-                self._check()
+                if self._broken.is_set():
+                    break  # the sender that failed knows why
+                self._transfer._check_cancelled()
                 body = self._buffers.take(length)
                 try:
                     self.cut.read(self.source, offset, body)
@@ -239,20 +227,16 @@ class _Sending:
                     self._buffers.give(body)
                     raise
                 sending.append(self._transfer._senders.submit(self._send_part, upload_id, number, body, there.get(number)))
-            wait(sending, return_when=FIRST_EXCEPTION)
-            _raise_first(sending)
+            failures = [failure for future in sending if (failure := future.exception()) is not None]
+            if failures:
+                raise first_cause(failures)
             parts = [future.result() for future in sending]
             self.cut.pieces += [Piece(part.size, part.digest or b"") for part in parts]
             self._finish_reading()
             written = self._store.finish_upload(self.key, upload_id, parts, self._transfer.owner)
         except BaseException as error:
-            self._broken.set()
-            wait(sending)
-            cause = _cause(sending, error)
-            self._give_up(upload_id, sending, cause)
-            if cause is error:
-                raise
-            raise cause from None
+            self._give_up(upload_id, sending, error)
+            raise
         if written is None:
             self._give_up(upload_id, sending, None)
         return written
@@ -268,7 +252,9 @@ class _Sending:
 
     def _send_part(self, upload_id: str, number: int, body: memoryview, there: Part | None) -> Part:
         try:
-            self._check()
+            self._transfer._check_cancelled()
+            if self._broken.is_set():
+                raise Cancelled
             digest = self._store.digest(body)
             if there is not None and self._store.is_part(there, body, digest):
                 token = there.token
@@ -282,17 +268,13 @@ class _Sending:
         finally:
             self._buffers.give(body)
 
-    def _check(self) -> None:
-        self._transfer._check_cancelled()
-        if self._broken.is_set():
-            raise Cancelled
-
     def _finish_reading(self) -> None:
         self.source.check_unchanged()
         self.is_read = True
 
     def _give_up(self, upload_id: str, sending: Sequence[Future[Part]], error: BaseException | None) -> None:
         """Wait for what is on its way, and take back what was counted. The parts stay where another attempt can use them."""
+        self._broken.set()
         wait(sending)
         done = [future.result().size for future in sending if not future.exception()]
         self._transfer.meter.add(-sum(done))
@@ -305,21 +287,6 @@ class _Sending:
 def _may_go_on(error: BaseException) -> bool:
     """Whether an attempt after this error could use the same parts."""
     return not isinstance(error, StorageError) or (error.retryable and error.reason is not Reason.SOURCE_CHANGED)
-
-
-def _cause(futures: Iterable[Future[Outcome]], error: BaseException) -> BaseException:
-    """What ended an upload: a reader that was stopped says Cancelled, the sender that stopped it knows why."""
-    if not isinstance(error, Cancelled):
-        return error
-    failed = (failure for future in futures if (failure := future.exception()) is not None)
-    return next((failure for failure in failed if not isinstance(failure, Cancelled)), error)
-
-
-def _raise_first(futures: Iterable[Future[Outcome]]) -> None:
-    """Raise what went wrong; who was stopped because of another one is not the cause."""
-    failed = [error for future in futures if future.done() and (error := future.exception())]
-    if failed:
-        raise next((error for error in failed if not isinstance(error, Cancelled)), failed[0])
 
 
 class Cut:
