@@ -10,29 +10,26 @@ import re
 import secrets
 import shutil
 import subprocess
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
-from .errors import AddressInUse, LocalClusterError
+from .errors import LocalClusterError
 from .nodejs import Node, find_node
 from .paths import cache_root, locked, new_run_dir
 from .processes import free_ports, http_get
 from .providers import Say, silent
-from .session import Session, sweep
+from .session import Running, Session, start_on_free_ports, sweep
 from .versitygw import TLSFiles
 
 SOURCE = Path(__file__).resolve().parent.parent / "azurite"
 """package.json and package-lock.json: the lock names no registry, so that npm asks the one that it is configured for."""
 ACCOUNT = "localaccount"
-_ATTEMPTS = 5
 _MAIN = Path("node_modules/azurite/dist/src/blob/main.js")
 
 
 @dataclass(frozen=True)
-class Azurite:
+class Azurite(Running):
     """As a context manager it is stopped, and its data removed, at the end. `endpoint` has the account in its path."""
 
     endpoint: str
@@ -40,8 +37,6 @@ class Azurite:
     key: str = field(repr=False)
     state_dir: Path
     ca: Path | None = None
-    _stop: Callable[[], None] = field(default=lambda: None, repr=False, compare=False)
-    _detach: Callable[[], None] = field(default=lambda: None, repr=False, compare=False)
 
     def client(self, **settings: Any) -> Any:
         """A BlobServiceClient of the account's owner, which does not try again."""
@@ -51,36 +46,12 @@ class Azurite:
         verify = {"connection_verify": str(self.ca)} if self.ca else {}
         return BlobServiceClient(self.endpoint, credential=credential, **{"retry_total": 0, **verify, **settings})
 
-    def detach(self) -> None:
-        """Let it outlive this process; `session.stop_recorded(state_dir)` stops it then."""
-        self._detach()
-
-    def stop(self) -> None:
-        self._stop()
-
-    def __enter__(self) -> Azurite:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.stop()
-
 
 def start_azurite(name: str = "azurite", *, tls: TLSFiles | None = None, say: Say = silent) -> Azurite:
     """Up in two seconds, once it is installed. With `tls` the endpoint is an https one."""
     node, folder = _installed(say)
     sweep()
-    for attempt in range(1, _ATTEMPTS + 1):
-        session = Session(new_run_dir(name))
-        try:
-            return _start(session, node, folder, tls)
-        except AddressInUse as error:
-            session.stop()
-            if attempt == _ATTEMPTS:
-                raise LocalClusterError(f"no port stayed free in {_ATTEMPTS} attempts. {error}") from error
-        except BaseException:
-            session.stop()
-            raise
-    raise AssertionError("unreachable")
+    return start_on_free_ports(lambda: new_run_dir(name), lambda session: _start(session, node, folder, tls))
 
 
 def _start(session: Session, node: Node, folder: Path, tls: TLSFiles | None) -> Azurite:

@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import credentials
-from .errors import AddressInUse, LocalClusterError
+from .errors import LocalClusterError
 from .processes import free_ports, http_get
-from .session import Session
+from .session import ATTEMPTS, Session, start_on_free_ports
 
 PROGRAMS = ("etcd", "kube-apiserver", "kubectl")
 CONTROLLER_MANAGER = "kube-controller-manager"
-_ATTEMPTS = 5
 # Generous: a machine that is busy with something else takes many times what an idle one does.
 _PATIENCE = 120.0
 
@@ -39,19 +38,11 @@ def start_control_plane(
     for program in PROGRAMS:
         if not (bin_dir / program).is_file():
             raise LocalClusterError(f"there is no {program} in {bin_dir}; a control plane needs {', '.join(PROGRAMS)}.")
-    for attempt in range(1, _ATTEMPTS + 1):
-        session = Session(new_state_dir())
-        try:
-            return _start(session, bin_dir, name, with_manager, say)
-        except AddressInUse as error:
-            session.stop()
-            if attempt == _ATTEMPTS:
-                raise LocalClusterError(f"no port stayed free in {_ATTEMPTS} attempts. {error}") from error
-            say(f"somebody took a port in between, trying others ({attempt} of {_ATTEMPTS})")
-        except BaseException:
-            session.stop()
-            raise
-    raise AssertionError("unreachable")
+    return start_on_free_ports(
+        new_state_dir,
+        lambda session: _start(session, bin_dir, name, with_manager, say),
+        lambda attempt: say(f"somebody took a port in between, trying others ({attempt} of {ATTEMPTS})"),
+    )
 
 
 def _start(session: Session, bin_dir: Path, name: str, with_manager: bool, say: Callable[[str], None]) -> ControlPlane:

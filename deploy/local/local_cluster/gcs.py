@@ -11,29 +11,26 @@ import sys
 import urllib.error
 import urllib.request
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
 from .build import build_go_program
-from .errors import AddressInUse, LocalClusterError
+from .errors import LocalClusterError
 from .paths import new_run_dir
 from .processes import free_ports, http_get
 from .providers import Say, silent
-from .session import Session, sweep
+from .session import Running, Session, start_on_free_ports, sweep
 
 FAKE_GCS_SOURCE = Path(__file__).resolve().parent.parent / "fake-gcs"
-_ATTEMPTS = 5
 _READY = "/storage/v1/b?project=test"
 
 
 @dataclass(frozen=True)
-class GCSEmulator:
+class GCSEmulator(Running):
     """As a context manager it is stopped at the end, and its data is gone. ``endpoint`` is an http:// URL."""
 
     endpoint: str
     state_dir: Path
-    _stop: Callable[[], None] = field(default=lambda: None, repr=False, compare=False)
 
     def create_bucket(self, name: str) -> None:
         """Raises LocalClusterError where it is there already."""
@@ -47,15 +44,6 @@ class GCSEmulator:
             straight.open(request, timeout=10).close()
         except urllib.error.URLError as error:
             raise LocalClusterError(f"the bucket {name!r} was not created: {error}") from error
-
-    def stop(self) -> None:
-        self._stop()
-
-    def __enter__(self) -> GCSEmulator:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.stop()
 
 
 def build_fake_gcs(say: Say = print) -> Path:
@@ -85,25 +73,13 @@ def start_gcp_storage_emulator(name: str = "gcs") -> GCSEmulator:
 
 
 def _start(name: str, program: str, command: Callable[[int], list[str | Path]]) -> GCSEmulator:
-    sweep()
-    for attempt in range(1, _ATTEMPTS + 1):
-        session = Session(new_run_dir(name))
+    def run(session: Session) -> GCSEmulator:
         [port] = free_ports(1)
-        try:
-            session.start(program, command(port))
-            session.wait_until(
-                lambda port=port: http_get(port, _READY)[0] == 200,  # type: ignore[misc]
-                what=f"{program} to list buckets",
-                seconds=60,
-                program=program,
-            )
-        except AddressInUse as error:
-            session.stop()
-            if attempt == _ATTEMPTS:
-                raise LocalClusterError(f"no port stayed free in {_ATTEMPTS} attempts. {error}") from error
-        except BaseException:
-            session.stop()
-            raise
-        else:
-            return GCSEmulator(f"http://127.0.0.1:{port}", session.state_dir, _stop=session.stop)
-    raise AssertionError("unreachable")
+        session.start(program, command(port))
+        session.wait_until(
+            lambda: http_get(port, _READY)[0] == 200, what=f"{program} to list buckets", seconds=60, program=program
+        )
+        return GCSEmulator(f"http://127.0.0.1:{port}", session.state_dir, _stop=session.stop, _detach=session.detach)
+
+    sweep()
+    return start_on_free_ports(lambda: new_run_dir(name), run)

@@ -7,15 +7,14 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
 from .build import build
 from .control_plane import PROGRAMS, ControlPlane, start_control_plane
 from .errors import LocalClusterError
 from .paths import checked_name, new_run_dir
-from .session import sweep
+from .session import Running, sweep
 
 PROVIDER_VARIABLE = "CLUSTER_PROVIDER"
 ASSETS_VARIABLE = "KUBEBUILDER_ASSETS"
@@ -30,12 +29,8 @@ def silent(_: str) -> None:
     """The default listener: tests do not narrate."""
 
 
-def _nothing() -> None:
-    """How a cluster that is not ours is stopped."""
-
-
 @dataclass(frozen=True)
-class Cluster:
+class Cluster(Running):
     """Where the cluster is and what it can do. As a context manager it is stopped at the end."""
 
     name: str
@@ -45,22 +40,6 @@ class Cluster:
     provider: str
     has_controller_manager: bool
     state_dir: Path | None = None
-    _stop: Callable[[], None] = field(default=_nothing, repr=False, compare=False)
-    _detach: Callable[[], None] = field(default=_nothing, repr=False, compare=False)
-
-    def stop(self) -> None:
-        """Idempotent. Does nothing to a cluster that was there before."""
-        self._stop()
-
-    def detach(self) -> None:
-        """Let it outlive this process; `session.stop_recorded(state_dir)` stops it then."""
-        self._detach()
-
-    def __enter__(self) -> Cluster:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.stop()
 
 
 def start(name: str = "test", *, say: Say = silent) -> Cluster:

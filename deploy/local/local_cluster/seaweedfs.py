@@ -7,19 +7,17 @@ import os
 import secrets
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
-from .errors import AddressInUse, LocalClusterError
+from .errors import LocalClusterError
 from .paths import new_run_dir, private_file
 from .processes import free_ports, http_get
-from .session import Session, sweep
+from .session import Running, Session, start_on_free_ports, sweep
 
 REGION = "us-east-1"
-_ATTEMPTS = 5
 
 
 def new_secret() -> str:
@@ -49,7 +47,7 @@ class Identity:
 
 
 @dataclass(frozen=True)
-class ObjectStore:
+class ObjectStore(Running):
     """As a context manager it is stopped, and its data removed, at the end."""
 
     endpoint: str
@@ -60,26 +58,11 @@ class ObjectStore:
     region: str = REGION
     ca: Path | None = None
     """For an https endpoint: the authority that signed its certificate."""
-    _stop: Callable[[], None] = field(default=lambda: None, repr=False, compare=False)
-    _detach: Callable[[], None] = field(default=lambda: None, repr=False, compare=False)
 
     def client(self, identity: Identity | None = None, **config: Any) -> Any:
         """A boto3 S3 client of the admin, or of the given identity."""
         who = identity or self.identities["admin"]
         return s3_client(self.endpoint, who.access_key, who.secret_key, ca=self.ca, **config)
-
-    def detach(self) -> None:
-        """Let it outlive this process; `session.stop_recorded(state_dir)` stops it then."""
-        self._detach()
-
-    def stop(self) -> None:
-        self._stop()
-
-    def __enter__(self) -> ObjectStore:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.stop()
 
 
 def start_object_store(name: str = "s3", identities: Sequence[Identity] = ()) -> ObjectStore:
@@ -91,18 +74,7 @@ def start_object_store(name: str = "s3", identities: Sequence[Identity] = ()) ->
             raise LocalClusterError(f"two identities are named {identity.name!r}; 'admin' is there always.")
         everybody[identity.name] = identity
     sweep()
-    for attempt in range(1, _ATTEMPTS + 1):
-        session = Session(new_run_dir(name))
-        try:
-            return _start(session, weed, everybody)
-        except AddressInUse as error:
-            session.stop()
-            if attempt == _ATTEMPTS:
-                raise LocalClusterError(f"no port stayed free in {_ATTEMPTS} attempts. {error}") from error
-        except BaseException:
-            session.stop()
-            raise
-    raise AssertionError("unreachable")
+    return start_on_free_ports(lambda: new_run_dir(name), lambda session: _start(session, weed, everybody))
 
 
 def _start(session: Session, weed: Path, identities: dict[str, Identity]) -> ObjectStore:

@@ -11,14 +11,67 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self, TypeVar
 
 from .errors import AddressInUse, LocalClusterError
 from .paths import remove_tree, runs_dir
 from .processes import Identity, log_tail, says_in_use
 
 _PACKAGE_ROOT = Path(__file__).resolve().parent.parent
+
+
+ATTEMPTS = 5
+"""How often other ports are tried where somebody took one between the choice and its use."""
+
+Server = TypeVar("Server")
+
+
+def _nothing() -> None:
+    pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Running:
+    """What was started: as a context manager it is stopped at the end, and what it kept is removed."""
+
+    _stop: Callable[[], None] = field(default=_nothing, repr=False, compare=False)
+    _detach: Callable[[], None] = field(default=_nothing, repr=False, compare=False)
+
+    def stop(self) -> None:
+        """Idempotent. Does nothing to what was there before."""
+        self._stop()
+
+    def detach(self) -> None:
+        """Let it outlive this process; `session.stop_recorded(state_dir)` stops it then."""
+        self._detach()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.stop()
+
+
+def start_on_free_ports(
+    new_state_dir: Callable[[], Path], start: Callable[[Session], Server], again: Callable[[int], None] = lambda _: None
+) -> Server:
+    """Start something in a session of its own, with other ports where one was taken; `again` hears of each such attempt."""
+    for attempt in range(1, ATTEMPTS + 1):
+        session = Session(new_state_dir())
+        try:
+            return start(session)
+        except AddressInUse as error:
+            session.stop()
+            if attempt == ATTEMPTS:
+                raise LocalClusterError(f"no port stayed free in {ATTEMPTS} attempts. {error}") from error
+            again(attempt)
+        except BaseException:
+            session.stop()
+            raise
+    raise AssertionError("unreachable")
 
 
 class Session:

@@ -14,14 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from .build import build_versitygw
-from .errors import AddressInUse, LocalClusterError
 from .paths import new_run_dir
 from .processes import free_ports, http_get
 from .providers import Say, silent
 from .seaweedfs import REGION, Identity, ObjectStore, new_secret
-from .session import Session, sweep
+from .session import Session, start_on_free_ports, sweep
 
-_ATTEMPTS = 5
 _HEALTH = "/healthz"
 
 
@@ -75,18 +73,7 @@ def start_versitygw(name: str = "s3", *, tls: TLSFiles | None = None, say: Say =
     """Up in a second, once it is built. With `tls` the S3 endpoint is an https one."""
     program = build_versitygw(say)
     sweep()
-    for attempt in range(1, _ATTEMPTS + 1):
-        session = Session(new_run_dir(name))
-        try:
-            return _start(session, program, tls)
-        except AddressInUse as error:
-            session.stop()
-            if attempt == _ATTEMPTS:
-                raise LocalClusterError(f"no port stayed free in {_ATTEMPTS} attempts. {error}") from error
-        except BaseException:
-            session.stop()
-            raise
-    raise AssertionError("unreachable")
+    return start_on_free_ports(lambda: new_run_dir(name), lambda session: _start(session, program, tls))
 
 
 def _start(session: Session, program: Path, tls: TLSFiles | None) -> VersityGW:
