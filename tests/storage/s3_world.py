@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -107,14 +108,21 @@ def object_store() -> Iterator[lc.ObjectStore]:
         yield store
 
 
+@contextmanager
+def world_on(kind: str, server: Any, tmp_path: Path) -> Iterator[S3World]:
+    """A world of its own on a server that runs: an admin's keys, and a prefix that nobody else uses."""
+    options = TargetOptions(
+        endpoint=server.endpoint,
+        force_path_style=True,
+        credentials_directory=credentials(tmp_path / "credentials", server.access_key, server.secret_key),
+    )
+    client = server.client()
+    base = f"s3://{BUCKET}/test-{secrets.token_hex(6)}"
+    yield S3World(kind, base, options, tmp_path, server=server, client=client)
+    client.close()
+
+
 @pytest.fixture
 def s3_world(object_store: lc.ObjectStore, tmp_path: Path) -> Iterator[S3World]:
-    options = TargetOptions(
-        endpoint=object_store.endpoint,
-        force_path_style=True,
-        credentials_directory=credentials(tmp_path / "credentials", object_store.access_key, object_store.secret_key),
-    )
-    client = object_store.client()
-    base = f"s3://{BUCKET}/test-{secrets.token_hex(6)}"
-    yield S3World("s3", base, options, tmp_path, server=object_store, client=client)
-    client.close()
+    with world_on("s3", object_store, tmp_path) as world:
+        yield world

@@ -6,7 +6,7 @@ import os
 import secrets
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -307,3 +307,25 @@ class _Watched:
             return found(key, *arguments, **named)
 
         return watched
+
+
+def race(world: World, sources: Sequence[Path], place: str) -> tuple[int, Reason]:
+    """Both sources are uploaded to one place at once, as uid-0 and uid-1: who won, and what the other was told."""
+    barrier, outcomes = threading.Barrier(2), dict[int, object]()
+
+    def attempt(number: int) -> None:
+        barrier.wait()
+        try:
+            outcomes[number] = world.upload(sources[number], place, uid=f"uid-{number}")
+        except StorageError as error:
+            outcomes[number] = error.reason
+
+    threads = [threading.Thread(target=attempt, args=(number,)) for number in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    [winner] = [number for number, outcome in outcomes.items() if not isinstance(outcome, Reason)]
+    lost = outcomes[1 - winner]
+    assert isinstance(lost, Reason)
+    return winner, lost

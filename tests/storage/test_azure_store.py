@@ -22,7 +22,7 @@ from azure_world import AzureWorld, credentials, sas
 from certificates import make_certificates
 from proxy import Fault as Befalls
 from proxy import Proxy, proxy
-from storage_world import MARKER, MIB, Fault, OnLook, make, refused, tree
+from storage_world import MARKER, MIB, Fault, OnLook, make, race, refused, tree
 from test_s3_store import closed_port, everything_said, outcome, start_mover
 
 import local_cluster as lc
@@ -624,22 +624,9 @@ def test_of_two_uploads_at_once_exactly_one_is_committed_and_it_is_right(azure_w
         make(tmp_path / name, {"model.bin": name.encode() * (3 * MIB), "x": name.encode()}) for name in ("ours", "them")
     ]
     for round_ in range(6):
-        place, barrier, outcomes = f"run-{round_}", threading.Barrier(2), dict[int, object]()
-
-        def attempt(number: int, place: str = place, barrier: threading.Barrier = barrier, outcomes: Any = outcomes) -> None:
-            barrier.wait()
-            try:
-                outcomes[number] = azure_world.upload(sources[number], place, uid=f"uid-{number}")
-            except StorageError as error:
-                outcomes[number] = error.reason
-
-        threads = [threading.Thread(target=attempt, args=(number,)) for number in (0, 1)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        [winner] = [number for number, found in outcomes.items() if not isinstance(found, Reason)]
-        assert outcomes[1 - winner] in (Reason.TARGET_BUSY, Reason.TARGET_EXISTS, Reason.TARGET_NOT_EMPTY)
+        place = f"run-{round_}"
+        winner, loser = race(azure_world, sources, place)
+        assert loser in (Reason.TARGET_BUSY, Reason.TARGET_EXISTS, Reason.TARGET_NOT_EMPTY)
         assert azure_world.backend.get_manifest(azure_world.uri(place)).artifact_uid == f"uid-{winner}"
         assert tree(azure_world.download(place)) == tree(sources[winner])
 

@@ -20,7 +20,7 @@ import pytest
 from botocore.awsrequest import AWSResponse
 from botocore.exceptions import IncompleteReadError
 from s3_world import S3World, credentials
-from storage_world import MARKER, MIB, OnLook, make, tree
+from storage_world import MARKER, MIB, OnLook, make, race, tree
 
 import local_cluster as lc
 from checkpoint_operator.api.errors import FAILURES, ErrorCode, ExitCode, Reason
@@ -256,24 +256,10 @@ def test_of_two_uploads_at_once_exactly_one_is_committed_and_it_is_right(s3_worl
     sources = [make(tmp_path / name, {f"{n}.bin": name.encode() * 9 for n in range(4)}) for name in ("left", "right")]
     lost: set[Reason] = set()
     for round_ in range(8):
-        place, barrier, outcomes = f"run-{round_}", threading.Barrier(2), dict[int, object]()
-
-        def attempt(number: int, place: str = place, barrier: threading.Barrier = barrier, outcomes: Any = outcomes) -> None:
-            barrier.wait()
-            try:
-                outcomes[number] = s3_world.upload(sources[number], place, uid=f"uid-{number}")
-            except StorageError as error:
-                outcomes[number] = error.reason
-
-        threads = [threading.Thread(target=attempt, args=(number,)) for number in (0, 1)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        [winner] = [number for number, outcome in outcomes.items() if not isinstance(outcome, Reason)]
-        loser = outcomes[1 - winner]
+        place = f"run-{round_}"
+        winner, loser = race(s3_world, sources, place)
         assert loser in (Reason.TARGET_BUSY, Reason.TARGET_EXISTS, Reason.TARGET_NOT_EMPTY)
-        lost.add(loser)  # type: ignore[arg-type]
+        lost.add(loser)
         manifest = s3_world.backend.get_manifest(s3_world.uri(place))
         assert manifest.artifact_uid == f"uid-{winner}"
         for file in manifest.table.files:

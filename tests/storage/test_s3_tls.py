@@ -9,12 +9,11 @@ from pathlib import Path
 import pytest
 from certificates import make_certificates
 from proxy import Fault, proxy
-from s3_world import BUCKET, S3World, credentials
+from s3_world import BUCKET, S3World, world_on
 from storage_world import MIB, make, tree
 
 import local_cluster as lc
 from checkpoint_operator.api.errors import Reason
-from checkpoint_operator.api.protocol import TargetOptions
 from checkpoint_operator.storage import StorageError, s3_wire
 
 # A certificate may be renewed on the other side without anybody doing something here, so that both are honest.
@@ -32,14 +31,8 @@ def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[lc.VersityGW]:
 
 @pytest.fixture
 def tls_world(gateway: lc.VersityGW, tmp_path: Path) -> Iterator[S3World]:
-    options = TargetOptions(
-        endpoint=gateway.endpoint,
-        force_path_style=True,
-        credentials_directory=credentials(tmp_path / "credentials", gateway.access_key, gateway.secret_key),
-    )
-    client = gateway.client()
-    yield S3World("tls", f"s3://{BUCKET}/{tmp_path.name}", options, tmp_path, server=gateway, client=client)
-    client.close()
+    with world_on("tls", gateway, tmp_path) as world:
+        yield world
 
 
 @pytest.fixture

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from s3_world import BUCKET, S3World, credentials
+from s3_world import BUCKET, S3World, world_on
 
 import local_cluster as lc
-from checkpoint_operator.api.protocol import TargetOptions
 
 READER = {
     "Version": "2012-10-17",
@@ -33,12 +31,5 @@ def versitygw() -> Iterator[lc.VersityGW]:
 
 @pytest.fixture
 def versitygw_world(versitygw: lc.VersityGW, tmp_path: Path) -> Iterator[S3World]:
-    options = TargetOptions(
-        endpoint=versitygw.endpoint,
-        force_path_style=True,
-        credentials_directory=credentials(tmp_path / "credentials", versitygw.access_key, versitygw.secret_key),
-    )
-    client = versitygw.client()
-    base = f"s3://{BUCKET}/test-{secrets.token_hex(6)}"
-    yield S3World("versitygw", base, options, tmp_path, server=versitygw, client=client)
-    client.close()
+    with world_on("versitygw", versitygw, tmp_path) as world:
+        yield world
