@@ -8,6 +8,7 @@ from typing import Any
 
 from checkpoint_operator.api import names
 from checkpoint_operator.api.base import ApiModel, JsonObject
+from checkpoint_operator.api.quantities import QUANTITY, QUANTITY_MAX
 from checkpoint_operator.api.spec import ROOT_RULES, SPEC_RULES, ArtifactSpec
 from checkpoint_operator.api.status import ArtifactStatus
 
@@ -39,12 +40,19 @@ _SELECTABLE = [
 
 _QUANTITIES = {
     "type": "object",
-    "maxProperties": 16,
+    "maxProperties": 3,
     "additionalProperties": {
         "x-kubernetes-int-or-string": True,
         "anyOf": [{"type": "integer"}, {"type": "string"}],
-        "maxLength": 32,
+        "maxLength": QUANTITY_MAX,
+        "pattern": QUANTITY,
     },
+    "x-kubernetes-validations": [
+        {
+            "rule": "self.all(name, name in ['cpu', 'memory', 'ephemeral-storage'])",
+            "message": "only cpu, memory and ephemeral-storage can be set for the mover",
+        }
+    ],
 }
 
 

@@ -64,6 +64,9 @@ class Retry(StrEnum):
     """The store is down: tried for ever, with a backoff up to ten minutes."""
     UNTIL_TIMEOUT = "UntilTimeout"
     """The source is not ready: no attempt is counted, ``readiness.timeoutSeconds`` ends it."""
+    HELD = "Held"
+    """Something around the mover has to change first (a claim, a node, a quota, an image). No attempt is counted, it is
+    looked at again for ever: whoever mends it need not know of the artifacts that wait for it."""
 
 
 class Reason(StrEnum):
@@ -98,6 +101,23 @@ class Reason(StrEnum):
     INTERNAL = "InternalError"
     MOVER_KILLED = "MoverKilled"
     NO_PROGRESS = "NoProgress"
+    ENDPOINT_NOT_ALLOWED = "EndpointNotAllowed"
+    MOVER_OPTION_NOT_ALLOWED = "MoverOptionNotAllowed"
+    SERVICE_ACCOUNT_NOT_ALLOWED = "ServiceAccountNotAllowed"
+    CLAIM_NOT_FOUND = "ClaimNotFound"
+    CLAIM_PENDING = "ClaimPending"
+    CLAIM_LOST = "ClaimLost"
+    CLAIM_DELETING = "ClaimDeleting"
+    CLAIM_IN_USE = "ClaimInUse"
+    CLAIM_UNSUITABLE = "ClaimUnsuitable"
+    UNSCHEDULABLE = "Unschedulable"
+    IMAGE_PULL_FAILED = "ImagePullFailed"
+    QUOTA_EXCEEDED = "QuotaExceeded"
+    POD_REFUSED = "PodRefused"
+    MOVER_NOT_STARTED = "MoverNotStarted"
+    OUT_OF_MEMORY = "OutOfMemory"
+    POD_LOST = "PodLost"
+    MOVER_DISRUPTED = "MoverDisrupted"
 
 
 @dataclass(frozen=True)
@@ -183,7 +203,10 @@ FAILURES: dict[Reason, FailureClass] = {
         "The store refuses this request for good; its own words are in the message.",
     ),
     Reason.CREDENTIALS_MISSING: FailureClass(
-        _C.CREDENTIALS, _X.CREDENTIALS, _R.NEVER, "Configure a credential profile for this target."
+        _C.CREDENTIALS,
+        _X.CREDENTIALS,
+        _R.NEVER,
+        "Name a Secret in target.credentialsSecretRef, or an identity (docs/jobs.md).",
     ),
     Reason.CREDENTIALS_REFUSED: FailureClass(
         _C.CREDENTIALS, _X.CREDENTIALS, _R.NEVER, "Check the keys, and what they may do with this bucket and prefix."
@@ -230,6 +253,99 @@ FAILURES: dict[Reason, FailureClass] = {
         _X.UNAVAILABLE,
         _R.COUNTED,
         "The mover stood still for too long; look at the volume and the store.",
+    ),
+    Reason.ENDPOINT_NOT_ALLOWED: FailureClass(
+        _C.UNSUPPORTED,
+        _X.CONFIGURATION,
+        _R.NEVER,
+        "Use an endpoint that the admin listed (`allowedEndpoints`), or ask the admin to list this one.",
+    ),
+    Reason.MOVER_OPTION_NOT_ALLOWED: FailureClass(
+        _C.UNSUPPORTED,
+        _X.CONFIGURATION,
+        _R.NEVER,
+        "Change the field of spec.mover that the message names, or ask the admin for a wider bound.",
+    ),
+    Reason.SERVICE_ACCOUNT_NOT_ALLOWED: FailureClass(
+        _C.CREDENTIALS,
+        _X.CREDENTIALS,
+        _R.NEVER,
+        "Let its owner annotate the ServiceAccount with `checkpoints.rlhf.dev/allow-mover=true`, or use another one.",
+    ),
+    Reason.CLAIM_NOT_FOUND: FailureClass(
+        _C.SOURCE,
+        _X.UNAVAILABLE,
+        _R.HELD,
+        "Create the claim; where the name is wrong, create a new CheckpointArtifact with the right one.",
+    ),
+    Reason.CLAIM_PENDING: FailureClass(
+        _C.SOURCE,
+        _X.UNAVAILABLE,
+        _R.HELD,
+        "No volume is bound to the claim yet: let the pod that writes the checkpoint start.",
+    ),
+    Reason.CLAIM_LOST: FailureClass(
+        _C.SOURCE, _X.UNAVAILABLE, _R.HELD, "The claim's volume is gone: bring it back, or delete the artifact."
+    ),
+    Reason.CLAIM_DELETING: FailureClass(
+        _C.SOURCE,
+        _X.UNAVAILABLE,
+        _R.HELD,
+        "The claim is being deleted, and no new pod may mount it: delete the artifact, or restore the claim.",
+    ),
+    Reason.CLAIM_IN_USE: FailureClass(
+        _C.SOURCE,
+        _X.UNAVAILABLE,
+        _R.HELD,
+        "Another pod holds the claim and it cannot be shared; it goes on by itself when the pod that is named has ended.",
+    ),
+    Reason.CLAIM_UNSUITABLE: FailureClass(
+        _C.SOURCE,
+        _X.CONFIGURATION,
+        _R.NEVER,
+        "Use a claim with a file system, and for file:// targets one that may be written to.",
+    ),
+    Reason.UNSCHEDULABLE: FailureClass(
+        _C.UNAVAILABLE,
+        _X.UNAVAILABLE,
+        _R.HELD,
+        "No node takes the mover's pod: look at nodes, taints, spec.mover.nodeSelector, tolerations and resources.",
+    ),
+    Reason.IMAGE_PULL_FAILED: FailureClass(
+        _C.UNAVAILABLE,
+        _X.UNAVAILABLE,
+        _R.HELD,
+        "The node cannot pull the mover's image: ask the admin to look at `image` and at `imagePullSecrets`.",
+    ),
+    Reason.QUOTA_EXCEEDED: FailureClass(
+        _C.UNAVAILABLE,
+        _X.UNAVAILABLE,
+        _R.HELD,
+        "The namespace's quota has no room for the mover: raise it, or lower spec.mover.resources.",
+    ),
+    Reason.POD_REFUSED: FailureClass(
+        _C.UNAVAILABLE,
+        _X.UNAVAILABLE,
+        _R.HELD,
+        "The cluster refuses the mover's pod (quota, Pod Security, a webhook): `kubectl describe job` names the rule.",
+    ),
+    Reason.MOVER_NOT_STARTED: FailureClass(
+        _C.UNAVAILABLE,
+        _X.UNAVAILABLE,
+        _R.HELD,
+        "The pod is on its node and does not start: `kubectl describe pod` says why (a Secret that is missing, a volume).",
+    ),
+    Reason.OUT_OF_MEMORY: FailureClass(
+        _C.UPLOAD, _X.BUG, _R.COUNTED, "Raise spec.mover.resources.limits.memory; what was stored is not sent again."
+    ),
+    Reason.POD_LOST: FailureClass(
+        _C.UPLOAD, _X.BUG, _R.COUNTED, "Somebody deleted the mover's pod or Job; the next one goes on where it was."
+    ),
+    Reason.MOVER_DISRUPTED: FailureClass(
+        _C.UNAVAILABLE,
+        _X.UNAVAILABLE,
+        _R.HELD,
+        "Its node was drained or lost, or the pod was preempted; the next mover goes on where it was.",
     ),
 }
 

@@ -15,6 +15,17 @@ ANNOTATION_RETRY = f"{GROUP}/retry"
 # "true" lets a deletion finish although its data could not be removed.
 ANNOTATION_ABANDON_DATA = f"{GROUP}/abandon-data"
 
+# On a ServiceAccount, "true": movers may run as it. Else whoever may create artifacts had every identity of the namespace.
+ANNOTATION_ALLOW_MOVER = f"{GROUP}/allow-mover"
+# On a Namespace, "true": the admin lets movers run as root there, where the checkpoints belong to root.
+ANNOTATION_ALLOW_ROOT = f"{GROUP}/allow-root"
+
+LABEL_ARTIFACT_UID = f"{GROUP}/artifact-uid"
+LABEL_ARTIFACT_NAME = f"{GROUP}/artifact-name"
+
+CREDENTIALS_DIRECTORY = "/var/run/checkpoint/credentials"
+"""Where the Secret is mounted in a mover's pod; its keys are the SDKs' own variable names (DESIGN §5)."""
+
 MARKER_NAME = ".metadata.json"
 """The object beside the files that says what they are (DESIGN §6)."""
 

@@ -32,6 +32,8 @@ class TargetOptions(ApiModel):
     force_path_style: bool = False
     ca_bundle: str | None = None
     """A PEM file of the certificate authorities to trust instead of the system's; verification itself is never off."""
+    ca_bundle_pem: str | None = None
+    """The same as text, for a mover that has no such file: it writes one, and sets :attr:`ca_bundle`."""
     storage_class: str | None = None
     azure_account: str | None = None
     sse_kms_key_id: str | None = Field(default=None, alias="sseKMSKeyID")
@@ -41,6 +43,8 @@ class TargetOptions(ApiModel):
     """A folder whose file names are the SDKs' variable names (as a mounted Secret); the only credentials that are used."""
     allow_ambient_credentials: bool = False
     """Whether the process's own identity (environment, profile, web identity) may be used instead."""
+    max_bytes_per_second: int | None = None
+    """Limit of what is read from the volume and sent, over all streams; None: as fast as it goes."""
 
 
 class Source(ApiModel):

@@ -1,5 +1,12 @@
 """Byte counts as people read them and as Kubernetes sorts them: binary quantities such as ``120Ki`` or ``1.2Gi``."""
 
+from decimal import Decimal
+from fractions import Fraction
+
+QUANTITY = r"^[0-9]+(\.[0-9]+)?(m|k|[MGTPE]|[KMGTPE]i)?$"
+"""What users may write for cpu and memory: Kubernetes' own grammar without signs, exponents, nano and micro."""
+QUANTITY_MAX = 32
+
 _SUFFIXES = ("", "Ki", "Mi", "Gi", "Ti", "Pi", "Ei")
 
 
@@ -16,3 +23,23 @@ def format_bytes(count: int) -> str:
             return text.removesuffix(".0") + suffix
         value /= 1024
     raise AssertionError("unreachable")
+
+
+def parse_quantity(text: str) -> Fraction:
+    """The value of a quantity, exactly: ``500m`` is a half, ``1Gi`` is 2**30. For comparisons.
+
+    Raises:
+        ValueError: for what is none.
+    """
+    number = text.rstrip("mkKMGTPEi")
+    suffix = text[len(number) :]
+    if suffix == "m":
+        factor = Fraction(1, 1000)
+    elif suffix.endswith("i"):
+        factor = Fraction(1024 ** _SUFFIXES.index(suffix))
+    else:
+        factor = Fraction(1000 ** ("", "k", "M", "G", "T", "P", "E").index(suffix))
+    try:
+        return Fraction(Decimal(number)) * factor
+    except (ArithmeticError, ValueError):
+        raise ValueError(f"'{text}' is no quantity: write it like 500m, 2 or 1Gi") from None

@@ -7,10 +7,11 @@ Limits (maxLength, maxItems) are not decoration: CEL rules get a cost estimate f
 from enum import StrEnum
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, StringConstraints
+from pydantic import BeforeValidator, Field, StringConstraints
 
 from checkpoint_operator.api.base import ApiModel
 from checkpoint_operator.api.protocol import Layout
+from checkpoint_operator.api.quantities import QUANTITY, QUANTITY_MAX
 
 # The last part of a decimal number's grammar that Kubernetes quantities share, so that --sort-by orders these columns.
 DECIMAL = r"^-?[0-9]+(\.[0-9]+)?([eE][-+]?[0-9]+)?$"
@@ -22,6 +23,13 @@ Name = Annotated[str, StringConstraints(min_length=1, max_length=253, pattern=DN
 Word = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 Glob = Annotated[str, StringConstraints(min_length=1, max_length=512)]
 Decimal = Annotated[str, StringConstraints(max_length=40, pattern=DECIMAL)]
+ComputeResource = Literal["cpu", "memory", "ephemeral-storage"]
+# In YAML a quantity may be a plain number.
+Quantity = Annotated[
+    str,
+    BeforeValidator(lambda value: str(value) if isinstance(value, int) and not isinstance(value, bool) else value),
+    StringConstraints(max_length=QUANTITY_MAX, pattern=QUANTITY),
+]
 LabelValue = Annotated[str, StringConstraints(max_length=256)]
 
 
@@ -224,8 +232,12 @@ class ParentReference(ApiModel):
 
 
 class Resources(ApiModel):
-    requests: dict[str, Any] = Field(default_factory=dict, description="As in a container.")
-    limits: dict[str, Any] = Field(default_factory=dict, description="As in a container.")
+    requests: dict[ComputeResource, Quantity] = Field(
+        default_factory=dict, description="cpu, memory and ephemeral-storage, as in a container."
+    )
+    limits: dict[ComputeResource, Quantity] = Field(
+        default_factory=dict, description="cpu, memory and ephemeral-storage, as in a container."
+    )
 
 
 class Toleration(ApiModel):

@@ -20,12 +20,14 @@ class ConfigError(Exception):
     """A setting has a wrong value; the message names the setting, the value and what is expected."""
 
 
-class _FileModel(BaseModel):
+class FileModel(BaseModel):
+    """A part of a file that an admin writes."""
+
     # A typing error in an admin's file must not widen what the operator may do: unknown keys are refused.
     model_config = ConfigDict(frozen=True, alias_generator=to_camel, populate_by_name=True, extra="forbid")
 
 
-class InlineTarget(_FileModel):
+class InlineTarget(FileModel):
     """One place that a claim's checkpoints may go to, and with which identity."""
 
     prefix: str = Field(description="Allowed URI prefix, by whole segments: s3://bucket/team-a, file:///")
@@ -64,7 +66,7 @@ class InlineTarget(_FileModel):
             raise ValueError(str(error)) from error
 
 
-class InlineClaim(_FileModel):
+class InlineClaim(FileModel):
     """A volume that the operator itself has mounted, and what may be done with it."""
 
     namespace: str
@@ -80,7 +82,7 @@ class InlineClaim(_FileModel):
         return value
 
 
-class InlineConfig(_FileModel):
+class InlineConfig(FileModel):
     """The file behind the setting ``inline_config``."""
 
     claims: tuple[InlineClaim, ...] = ()
@@ -118,6 +120,14 @@ class Settings(BaseSettings):
         str,
         Field(description="Namespaces to serve, separated by commas; empty: all of them (needs a ClusterRole)."),
     ] = ""
+    executor: Annotated[
+        Literal["job", "inline"],
+        Field(description="Who runs movers: a Job beside the claim, or the operator itself (single-node installs)."),
+    ] = "inline"
+    jobs_config: Annotated[
+        Path | None,
+        Field(description="YAML file with the image, bounds and endpoints of mover Jobs; see docs/jobs.md."),
+    ] = None
     inline_config: Annotated[
         Path | None,
         Field(description="YAML file that lists the claims which the operator serves itself; see docs/inline.md."),
@@ -169,7 +179,7 @@ def load_settings(arguments: list[str]) -> Settings:
         return Settings(_cli_parse_args=arguments)
     except ValidationError as error:
         raise ConfigError(
-            _explain(error, lambda name: f"{name} (flag --{name.replace('_', '-')}, {ENV_PREFIX}{name.upper()})")
+            explain(error, lambda name: f"{name} (flag --{name.replace('_', '-')}, {ENV_PREFIX}{name.upper()})")
         ) from None
 
 
@@ -188,10 +198,11 @@ def load_inline(path: Path | None) -> InlineConfig:
     except yaml.YAMLError as error:
         raise ConfigError(f"setting inline_config: '{path}' is no YAML: {error}") from None
     except ValidationError as error:
-        raise ConfigError(_explain(error, lambda name: f"inline_config, in '{path}' at {name}")) from None
+        raise ConfigError(explain(error, lambda name: f"inline_config, in '{path}' at {name}")) from None
 
 
-def _explain(error: ValidationError, locate: Callable[[str], str]) -> str:
+def explain(error: ValidationError, locate: Callable[[str], str]) -> str:
+    """One line for each wrong value; ``locate`` makes of its path what the admin knows it as."""
     lines = []
     for item in error.errors(include_url=False):
         where = ".".join(str(part) for part in item["loc"])
