@@ -26,6 +26,9 @@ LABEL_ARTIFACT_NAME = f"{GROUP}/artifact-name"
 CREDENTIALS_DIRECTORY = "/var/run/checkpoint/credentials"
 """Where the Secret is mounted in a mover's pod; its keys are the SDKs' own variable names (DESIGN §5)."""
 
+ANNOTATION_CRD_VERSION = f"{GROUP}/crd-version"
+"""On the CRD: the version that brought it, so that no older one replaces it."""
+
 MARKER_NAME = ".metadata.json"
 """The object beside the files that says what they are (DESIGN §6)."""
 
