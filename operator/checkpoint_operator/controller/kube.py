@@ -1,8 +1,9 @@
 """Every request to the Kubernetes API is made here, and no ApiException leaves this file."""
 
+import json
 import os
 from collections.abc import AsyncIterator, Awaitable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from datetime import datetime
 from typing import Any, NoReturn, TypeVar
 
@@ -22,8 +23,12 @@ NOTE_MAX = 1024
 """The API's own limit of an event's note, in bytes."""
 FIELD_MANAGER = "checkpoint-operator"
 _MERGE_PATCH = "application/merge-patch+json"
+_CORE = "/api/v1"
+_JOBS = "/apis/batch/v1"
 
 _METADATA_ONLY = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
+LOG_TIMEOUT = 5.0
+"""Seconds for a look at a pod's log: it goes through a kubelet, which may be gone."""
 
 Answer = TypeVar("Answer")
 
@@ -42,6 +47,17 @@ class Forbidden(KubeError):
 
 class NotFound(KubeError):
     """There is no such object (any more)."""
+
+
+class Refused(KubeError):
+    """The API server, a quota or an admission rule does not take the object, and would not take it again as it is.
+
+    ``invalid``: the object itself is wrong (422), not the moment.
+    """
+
+    def __init__(self, said: str, *, invalid: bool) -> None:
+        super().__init__(said)
+        self.invalid = invalid
 
 
 class Kube:
@@ -77,28 +93,114 @@ class Kube:
     async def list_versions(self, namespaces: tuple[str, ...]) -> AsyncIterator[tuple[tuple[str, str], str]]:
         """((namespace, name), resourceVersion) of every artifact: the server sends metadata alone, a tenth of the bytes."""
         base = f"/apis/{names.GROUP}/{names.VERSION}"
-        for path in [f"{base}/namespaces/{name}/{names.PLURAL}" for name in namespaces] or [f"{base}/{names.PLURAL}"]:
-            token: str | None = None
-            while True:
-                query = [("limit", PAGE), *([("continue", token)] if token else [])]
-                page = await self._ask(
-                    self._api.call_api(
-                        path,
-                        "GET",
-                        query_params=query,
-                        header_params={"Accept": _METADATA_ONLY},
-                        response_types_map={200: "object"},
-                        auth_settings=["BearerToken"],
-                        _return_http_data_only=True,
-                        _request_timeout=TIMEOUT,
-                    )
-                )
-                for item in page["items"]:
-                    metadata = item["metadata"]
-                    yield (metadata["namespace"], metadata["name"]), metadata["resourceVersion"]
-                token = page["metadata"].get("continue")
-                if not token:
-                    break
+        for path in _paths(base, names.PLURAL, namespaces):
+            async for item in self._pages(path, accept=_METADATA_ONLY):
+                metadata = item["metadata"]
+                yield (metadata["namespace"], metadata["name"]), metadata["resourceVersion"]
+
+    async def list_mover_jobs(self, namespaces: tuple[str, ...]) -> AsyncIterator[JsonObject]:
+        """Every Job with our label."""
+        for path in _paths(_JOBS, "jobs", namespaces):
+            async for item in self._pages(path, labelSelector=names.LABEL_ARTIFACT_UID):
+                yield item
+
+    async def list_mover_pods(self, namespaces: tuple[str, ...]) -> AsyncIterator[JsonObject]:
+        """Every pod with our label."""
+        for path in _paths(_CORE, "pods", namespaces):
+            async for item in self._pages(path, labelSelector=names.LABEL_ARTIFACT_UID):
+                yield item
+
+    async def list_pods(self, namespace: str) -> AsyncIterator[JsonObject]:
+        """Every pod of a namespace that has not ended."""
+        async for item in self._pages(
+            f"{_CORE}/namespaces/{namespace}/pods", fieldSelector="status.phase!=Succeeded,status.phase!=Failed"
+        ):
+            yield item
+
+    async def get_job(self, namespace: str, name: str) -> JsonObject:
+        """One Job as it is now. Raises :class:`NotFound`."""
+        return await self._request(f"{_JOBS}/namespaces/{namespace}/jobs/{name}")
+
+    async def create_job(self, namespace: str, body: JsonObject) -> JsonObject:
+        """Create a Job. Raises :class:`Conflict` where one of that name is there, :class:`Refused` where it may not be."""
+        return await self._request(f"{_JOBS}/namespaces/{namespace}/jobs", "POST", body, fieldManager=FIELD_MANAGER)
+
+    async def delete_job(self, namespace: str, name: str, uid: str, *, wait_for_pods: bool) -> None:
+        """Delete exactly this Job and its pods; that it is gone (or another one by now) is no error.
+
+        ``wait_for_pods``: the Job stays until its pods have ended.
+        """
+        body = {
+            "preconditions": {"uid": uid},
+            "propagationPolicy": "Foreground" if wait_for_pods else "Background",
+        }
+        with suppress(NotFound, Conflict):
+            await self._request(f"{_JOBS}/namespaces/{namespace}/jobs/{name}", "DELETE", body)
+
+    async def get_claim(self, namespace: str, name: str) -> JsonObject:
+        """A PersistentVolumeClaim. Raises :class:`NotFound`."""
+        return await self._request(f"{_CORE}/namespaces/{namespace}/persistentvolumeclaims/{name}")
+
+    async def get_service_account(self, namespace: str, name: str) -> JsonObject:
+        """Raises :class:`NotFound`."""
+        return await self._request(f"{_CORE}/namespaces/{namespace}/serviceaccounts/{name}")
+
+    async def get_namespace(self, name: str) -> JsonObject:
+        """Raises :class:`NotFound`."""
+        return await self._request(f"{_CORE}/namespaces/{name}")
+
+    async def get_node(self, name: str) -> JsonObject:
+        """Raises :class:`NotFound` where the node was deleted, :class:`Forbidden` where we serve listed namespaces only."""
+        return await self._request(f"{_CORE}/nodes/{name}")
+
+    async def read_log(self, namespace: str, pod: str, container: str, *, lines: int, limit: int) -> bytes:
+        """The end of a container's log: at most so many lines and bytes."""
+        query = {"container": container, "tailLines": lines, "limitBytes": limit}
+        answer = await self._ask(
+            self._api.call_api(
+                f"{_CORE}/namespaces/{namespace}/pods/{pod}/log",
+                "GET",
+                query_params=list(query.items()),
+                auth_settings=["BearerToken"],
+                _preload_content=False,  # the client would read a log of one JSON line as an object
+                _request_timeout=LOG_TIMEOUT,
+            )
+        )
+        async with answer:
+            data: bytes = await self._ask(answer.content.read(limit))
+            if answer.status != 200:
+                _refuse(ApiException(status=answer.status, reason=answer.reason))
+        return data
+
+    async def _pages(self, path: str, *, accept: str | None = None, **query: str) -> AsyncIterator[JsonObject]:
+        token: str | None = None
+        while True:
+            more = {"continue": token} if token else {}
+            page = await self._request(path, accept=accept, limit=PAGE, **query, **more)
+            for item in page["items"]:
+                yield item
+            token = page["metadata"].get("continue")
+            if not token:
+                break
+
+    async def _request(
+        self, path: str, method: str = "GET", body: JsonObject | None = None, *, accept: str | None = None, **query: Any
+    ) -> JsonObject:
+        """One request and its JSON, without the client's models: they cost several times the memory and time."""
+        answer: JsonObject = await self._ask(
+            self._api.call_api(
+                path,
+                method,
+                query_params=list(query.items()),
+                header_params={"Accept": accept} if accept else {},
+                body=body,
+                response_types_map={200: "object", 201: "object", 202: "object"},
+                auth_settings=["BearerToken"],
+                _return_http_data_only=True,
+                _request_timeout=TIMEOUT,
+            )
+        )
+        return answer
 
     async def get(self, namespace: str, name: str) -> JsonObject:
         """One artifact as it is now. Raises :class:`NotFound`."""
@@ -168,26 +270,52 @@ class Kube:
             raise KubeError(f"the API server cannot be reached: {type(error).__name__}: {error}") from error
 
 
+def _paths(base: str, plural: str, namespaces: tuple[str, ...]) -> list[str]:
+    return [f"{base}/namespaces/{name}/{plural}" for name in namespaces] or [f"{base}/{plural}"]
+
+
 def _cut(note: str) -> str:
     """As much of a note as the API takes: it counts bytes."""
     data = note.encode()
     return note if len(data) <= NOTE_MAX else data[: NOTE_MAX - 3].decode(errors="ignore") + "…"
 
 
+def _message(body: Any) -> str:
+    """The sentence in a metav1.Status, or whatever came instead of one."""
+    try:
+        return str(json.loads(body)["message"])
+    except (ValueError, TypeError, KeyError):
+        return str(body or "")
+
+
 def _refuse(error: ApiException) -> NoReturn:
-    said = f"HTTP {error.status} {error.reason}: {str(error.body or '')[:500]}"
+    said = f"HTTP {error.status} {error.reason}: {_message(error.body)[:500]}"
     match error.status:
-        case 401 | 403:
+        case 401:
             raise Forbidden(said) from error
+        case 403:
+            # Rights, quotas and admission share the code; only the authorizer speaks of what a user cannot do.
+            if "cannot" in said and "User" in said:
+                raise Forbidden(said) from error
+            raise Refused(said, invalid=False) from error
         case 404:
             raise NotFound(said) from error
         case 409:
             raise Conflict(said) from error
+        case 400 | 422:
+            raise Refused(said, invalid=error.status == 422) from error
     raise KubeError(said) from error
 
 
 @asynccontextmanager
 async def connect() -> AsyncIterator[Kube]:
+    """The operator's requests, by :func:`api_client`."""
+    async with api_client() as api:
+        yield Kube(api)
+
+
+@asynccontextmanager
+async def api_client() -> AsyncIterator[client.ApiClient]:
     """A client for the cluster that we run in, or that KUBECONFIG names.
 
     Raises:
@@ -202,4 +330,4 @@ async def connect() -> AsyncIterator[Kube]:
     except config.ConfigException as error:
         raise KubeError(f"no cluster: set KUBECONFIG, or run as a pod with a service account ({error})") from error
     async with client.ApiClient(configuration) as api:
-        yield Kube(api)
+        yield api
