@@ -1,14 +1,42 @@
-"""``python -m checkpoint_operator.mover``: how both executors start a mover."""
+"""Where a mover starts: ``python -m checkpoint_operator.mover``, the command ``mover`` in the image."""
 
 import gc
 import sys
 
-# A mover starts once for each artifact, and nothing that an import makes is ever garbage: do not look for it, now or later.
-gc.disable()
+from checkpoint_operator import __version__
 
-from checkpoint_operator.mover.main import main  # noqa: E402
+_USAGE = """usage: mover [--version]
 
-gc.freeze()
-gc.enable()
+Runs the plan in the variable CHECKPOINT_PLAN once and ends: a mover is started by the operator, not by hand."""
 
-sys.exit(main())
+
+def start() -> int:
+    """Entry point; only what the run needs is imported, and nothing for a question about the program itself."""
+    match sys.argv[1:]:
+        case []:
+            return _run()
+        case ["--version"]:
+            print(f"mover {__version__}")
+            return 0
+        case ["--help" | "-h"]:
+            print(_USAGE)
+            return 0
+        case _:
+            from checkpoint_operator.api.errors import ExitCode
+
+            print(_USAGE, file=sys.stderr)
+            return ExitCode.CONFIGURATION
+
+
+def _run() -> int:
+    # A mover starts once for each artifact, and nothing that an import makes is ever garbage: never look for it.
+    gc.disable()
+    from checkpoint_operator.mover.main import main
+
+    gc.freeze()
+    gc.enable()
+    return main()
+
+
+if __name__ == "__main__":
+    sys.exit(start())
