@@ -1,6 +1,7 @@
-"""Writes everything that has its source in the code: the CRD and the tables in docs/. A test fails when they differ.
+"""Writes everything that has its source in the code: the CRD, the tables in docs/, the plain manifests of the chart.
 
-Run ``make generate`` after a change of the models, of the failure table or of the settings.
+Run ``make generate`` after a change of the models, of the failure table, of the settings or of the chart. A test fails when
+they differ.
 """
 
 import re
@@ -9,23 +10,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import yaml
+from manifests import Dumper, plain_manifests
 
-from checkpoint_operator.api.crd import custom_resource_definition
+from checkpoint_operator import __version__
 from checkpoint_operator.api.errors import CODES, FAILURES, ErrorCode, ExitCode, Reason
+from checkpoint_operator.controller import crds
 from checkpoint_operator.controller.config import ENV_PREFIX, Settings
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-class _Dumper(yaml.SafeDumper):
-    """YAML without anchors: kubectl reads them, people do not."""
-
-    def ignore_aliases(self, data: object) -> bool:
-        return True
-
-
 def crd() -> str:
-    body = yaml.dump(custom_resource_definition(), Dumper=_Dumper, sort_keys=False, width=120, allow_unicode=True)
+    body = yaml.dump(crds.definition(__version__), Dumper=Dumper, sort_keys=False, width=120, allow_unicode=True)
     return f"# Generated from operator/checkpoint_operator/api/ by `make generate`: do not edit.\n{body}"
 
 
@@ -70,7 +66,7 @@ def _with_table(path: Path, table: str) -> str:
 
 
 def generated() -> Iterator[tuple[Path, str]]:
-    """(path, content) of every generated file."""
+    """(path, content) of every generated file but the manifests, which need Helm."""
     yield ROOT / "crds" / "checkpointartifacts.yaml", crd()
     yield ROOT / "docs" / "failures.md", _with_table(ROOT / "docs" / "failures.md", failures_table())
     yield ROOT / "docs" / "configuration.md", _with_table(ROOT / "docs" / "configuration.md", settings_table())
@@ -79,11 +75,13 @@ def generated() -> Iterator[tuple[Path, str]]:
 def main() -> int:
     """Write what differs; with ``--check`` only say so."""
     check = "--check" in sys.argv[1:]
-    stale = [(path, content) for path, content in generated() if not path.exists() or path.read_text() != content]
+    every = [*generated(), *plain_manifests()]
+    stale = [(path, content) for path, content in every if not path.exists() or path.read_text() != content]
     for path, content in stale:
         if check:
             print(f"{path.relative_to(ROOT)} is not what the code would write: run `make generate`", file=sys.stderr)
         else:
+            path.parent.mkdir(exist_ok=True)
             path.write_text(content)
             print(f"wrote {path.relative_to(ROOT)}")
     return 1 if check and stale else 0

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import local_cluster as lc
-from local_cluster.operator_process import ROOT, install, kubectl
+from local_cluster.operator_process import RIGHTS, ROOT, install, kubectl
 from local_cluster.providers import EXISTING
 
 NAMESPACE = "demo"
-_FILES = (ROOT / "crds" / "checkpointartifacts.yaml", ROOT / "deploy" / "rbac.yaml")
+_FILES = (ROOT / "crds" / "checkpointartifacts.yaml", *RIGHTS)
 
 
 class DemoError(Exception):

@@ -52,7 +52,7 @@ def test_without_its_rights_it_names_them(cluster: lc.Cluster, tmp_path: Path) -
     config.write_text(text.replace(before, token))
     done = run(dict(command.env))
     assert done.returncode == 1
-    assert "kubectl apply -f deploy/rbac.yaml" in done.stderr
+    assert "kubectl apply -f deploy/manifests/" in done.stderr
     assert token not in done.stderr
 
 

@@ -113,27 +113,24 @@ tolerations:
   verbs: [get]
 {{- end }}
 
-{{/* The file of the Job executor: what movers get and what artifacts may ask for. */}}
+{{/* The file of the Job executor: the values of `movers` (what is empty is left to the operator), and what the chart knows. */}}
 {{- define "checkpoint-operator.jobsConfig" -}}
-image: {{ include "checkpoint-operator.image" . | quote }}
-imagePullPolicy: {{ .Values.image.pullPolicy }}
-imagePullSecrets: {{ toJson .Values.movers.imagePullSecrets }}
-resources: {{ toJson .Values.movers.resources }}
-maxResources: {{ toJson .Values.movers.maxResources }}
-allowedEndpoints: {{ toJson .Values.movers.allowedEndpoints }}
-allowInstanceMetadata: {{ .Values.movers.allowInstanceMetadata }}
-allowedPriorityClasses: {{ toJson .Values.movers.allowedPriorityClasses }}
-progressFromLogs: {{ .Values.progress.fromLogs }}
-proxy: {{ toJson .Values.movers.proxy }}
-{{- if or .Values.caBundle.pem .Values.caBundle.configMap.name }}
-caBundleFile: {{ include "checkpoint-operator.caBundlePath" . }}
+{{- $rules := dict "image" (include "checkpoint-operator.image" .) "imagePullPolicy" .Values.image.pullPolicy }}
+{{- $_ := set $rules "progressFromLogs" .Values.progress.fromLogs }}
+{{- range $key, $value := omit .Values.movers "proxy" }}
+{{- if ne (toString $value) "" }}{{ $_ := set $rules $key $value }}{{ end }}
 {{- end }}
+{{- $proxy := dict }}
+{{- range $key, $value := .Values.movers.proxy }}
+{{- if $value }}{{ $_ := set $proxy $key $value }}{{ end }}
 {{- end }}
-
-{{- define "checkpoint-operator.caBundlePath" -}}
-{{- if .Values.caBundle.configMap.name -}}
-/etc/checkpoint-operator-ca/{{ .Values.caBundle.configMap.key }}
-{{- else -}}
-/etc/checkpoint-operator/ca.crt
+{{- if $proxy }}{{ $_ := set $rules "proxy" $proxy }}{{ end }}
+{{- if and .Values.caBundle.pem .Values.caBundle.configMap.name }}
+{{- fail "caBundle: set pem or configMap.name, not both" }}
 {{- end }}
+{{- with .Values.caBundle.pem }}{{ $_ := set $rules "caBundle" . }}{{ end }}
+{{- if .Values.caBundle.configMap.name }}
+{{- $_ := set $rules "caBundleFile" (printf "/etc/checkpoint-operator-ca/%s" .Values.caBundle.configMap.key) }}
+{{- end }}
+{{- toYaml $rules }}
 {{- end }}

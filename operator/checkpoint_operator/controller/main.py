@@ -112,7 +112,7 @@ def main() -> int:
         print("checkpoint-operator: the cluster does not know CheckpointArtifacts: kubectl apply -f crds/", file=sys.stderr)
         return 1
     except Forbidden as error:
-        print(f"checkpoint-operator: the rights are missing: kubectl apply -f deploy/rbac.yaml ({error})", file=sys.stderr)
+        print(f"checkpoint-operator: the rights are missing: kubectl apply -f deploy/manifests/ ({error})", file=sys.stderr)
         return 1
     except KubeError as error:
         print(f"checkpoint-operator: {error}", file=sys.stderr)
