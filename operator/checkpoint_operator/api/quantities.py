@@ -3,7 +3,7 @@
 from decimal import Decimal
 from fractions import Fraction
 
-QUANTITY = r"^[0-9]+(\.[0-9]+)?(m|k|[MGTPE]|[KMGTPE]i)?$"
+QUANTITY = r"^([0-9]+m|[0-9]+(\.[0-9]{1,3})?(k|[MGTPE]|[KMGTPE]i)?)$"
 """What users may write for cpu and memory: Kubernetes' own grammar without signs, exponents, nano and micro."""
 QUANTITY_MAX = 32
 

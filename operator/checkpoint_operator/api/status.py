@@ -62,6 +62,8 @@ class MoverStatus(ApiModel):
     name: str = Field(max_length=253, description="Its deterministic name.")
     operation: Literal["Upload", "Delete"] = Field(default="Upload", description="What it was started for.")
     uid: str | None = Field(default=None, max_length=64, description="The Job's uid, where it is one.")
+    done: bool | None = Field(default=None, description="true: it has ended, and what it said is in this status.")
+    run_as_user: int | None = Field(default=None, description="The user that it runs as, where it is a Job.")
 
 
 class FailureStatus(ApiModel):

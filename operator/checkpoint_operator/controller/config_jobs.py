@@ -48,16 +48,17 @@ class Proxy(FileModel):
     no_proxy: Annotated[str, StringConstraints(max_length=4096, pattern=r"^[^\s]*$")] | None = None
 
     def variables(self) -> dict[str, str]:
-        """Only what is set, in a fixed order."""
+        """Only what is set, in a fixed order, as the values of a pod's variables."""
         named = {"HTTP_PROXY": self.http_proxy, "HTTPS_PROXY": self.https_proxy, "NO_PROXY": self.no_proxy}
-        return {name: value for name, value in named.items() if value}
+        # Kubernetes expands $(NAME) in these, and a password may hold a dollar.
+        return {name: value.replace("$", "$$") for name, value in named.items() if value}
 
 
 class ResourceDefaults(FileModel):
     """What a mover gets where spec.mover.resources is silent."""
 
-    requests: Amounts = Field(default_factory=lambda: {"cpu": "100m", "memory": "192Mi"})
-    limits: Amounts = Field(default_factory=lambda: {"memory": "512Mi"})
+    requests: Amounts = Field(default={"cpu": "100m", "memory": "192Mi"})
+    limits: Amounts = Field(default={"memory": "512Mi"})
 
 
 class JobRules(FileModel):
@@ -72,7 +73,7 @@ class JobRules(FileModel):
     )
     resources: ResourceDefaults = Field(default_factory=ResourceDefaults)
     max_resources: Amounts = Field(
-        default_factory=lambda: {"cpu": "4", "memory": "4Gi", "ephemeral-storage": "1Gi"},
+        default={"cpu": "4", "memory": "4Gi", "ephemeral-storage": "1Gi"},
         description="The most that spec.mover.resources may ask for, in requests and in limits.",
     )
     allowed_schemes: tuple[Scheme, ...] = Field(default=tuple(Scheme), description="Schemes of target.uri.")
@@ -139,6 +140,8 @@ class JobRules(FileModel):
                 raise ValueError(f"'{value}' is no key: write it like example.com/team, or example.com/* for a domain")
             if domain == GROUP or domain.endswith(f".{GROUP}"):
                 raise ValueError(f"'{value}' is the operator's own: its labels say whose a pod is")
+            if name == EVERY and f".{domain}".endswith((".kubernetes.io", ".k8s.io", ".x-k8s.io")):
+                raise ValueError(f"'{value}' would let users speak to the cluster's own controllers: list single keys")
         return values
 
     @field_validator("ca_bundle")
