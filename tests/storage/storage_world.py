@@ -62,6 +62,14 @@ def refused(reason: Reason) -> pytest.RaisesExc[StorageError]:
     return pytest.RaisesExc(StorageError, check=lambda error: error.reason is reason)
 
 
+def fetched(store: ObjectStore, key: str, token: str, start: int, length: int) -> bytes:
+    """A range of an object, by the store's own verb."""
+    body, told = bytearray(length), [0]
+    store.fetch(key, token, start, memoryview(body), lambda first, last: told.append(last))
+    assert told[-1] == length, "whoever fetches hears of every byte"
+    return bytes(body)
+
+
 def make(root: Path, files: dict[str, bytes]) -> Path:
     """A source folder of these files."""
     for name, content in files.items():

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from storage_world import ObjectWorld, World, make, refused, tree
+from storage_world import ObjectWorld, World, fetched, make, refused, tree
 
 from checkpoint_operator.api.errors import Reason
 from checkpoint_operator.api.metadata import ArtifactMetadata
@@ -381,4 +381,4 @@ def test_a_reader_of_a_version_that_was_replaced_is_told(world: World) -> None:
     old = store.create(key, b"before")
     store.swap(key, old, b"afterw")
     with refused(Reason.INTEGRITY_MISMATCH):
-        store.fetch(key, old, 0, 6)
+        fetched(store, key, old, 0, 6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
@@ -25,12 +26,23 @@ from checkpoint_operator.storage.hostile import check_names
 from checkpoint_operator.storage.manifest import FileTable, Link, StoredFile
 from checkpoint_operator.storage.marker import Manifest, encode
 from checkpoint_operator.storage.meter import Meter
-from checkpoint_operator.storage.ranges import RANGE, Stream, fetch_all
-from checkpoint_operator.storage.store import Buffer
+from checkpoint_operator.storage.ranges import RANGE, Fetch, Stream, fetch_all
+from checkpoint_operator.storage.store import Arrived
 
 
 def refused(reason: Reason) -> pytest.RaisesExc[StorageError]:
     return pytest.RaisesExc(StorageError, check=lambda error: error.reason is reason)
+
+
+def into_buffers(read: Callable[[StoredFile, int, int], bytes]) -> Fetch:
+    """A store whose answers come whole: (file, start, length) → bytes."""
+
+    def fetch(file: StoredFile, start: int, into: memoryview, arrived: Arrived) -> None:
+        body = read(file, start, len(into))
+        into[: len(body)] = body
+        arrived(0, len(body))
+
+    return fetch
 
 
 class Contents(dict[str, bytes]):
@@ -54,9 +66,13 @@ class Contents(dict[str, bytes]):
             table=FileTable(files=files).replace(**table),
         )
 
-    def fetch(self, file: StoredFile, start: int, length: int) -> bytes:
+    def read(self, file: StoredFile, start: int, length: int) -> bytes:
         self.asked.append((file.path, start, length))
         return self[file.path][start : start + length]
+
+    @property
+    def fetch(self) -> Fetch:
+        return into_buffers(self.read)
 
 
 def test_a_large_file_is_fetched_in_ranges_and_counted(tmp_path: Path) -> None:
@@ -79,10 +95,11 @@ def test_a_large_file_is_fetched_in_ranges_and_counted(tmp_path: Path) -> None:
 def test_a_store_that_fails_in_the_middle_leaves_no_destination_and_the_next_call_goes_on(tmp_path: Path) -> None:
     contents = Contents({"a": b"a" * 10, "b": b"b" * 10})
 
+    @into_buffers
     def failing(file: StoredFile, start: int, length: int) -> bytes:
         if file.path == "b":
             raise StorageError(Reason.STORE_UNAVAILABLE, "gone")
-        return contents.fetch(file, start, length)
+        return contents.read(file, start, length)
 
     with pytest.raises(StorageError, match="gone"):
         download(contents.manifest(), failing, tmp_path / "d", Meter())
@@ -94,18 +111,60 @@ def test_a_store_that_fails_in_the_middle_leaves_no_destination_and_the_next_cal
     assert sorted(path.name for path in (tmp_path / "d").iterdir()) == ["a", "b"]
 
 
-def test_a_store_that_gives_back_too_little_is_noticed(tmp_path: Path) -> None:
+def test_a_store_that_fills_less_than_it_was_asked_for_is_noticed(tmp_path: Path) -> None:
     contents = Contents({"a": b"a" * 10})
-    with pytest.raises(StorageError) as caught:
-        download(contents.manifest(), lambda *_: b"a" * 9, tmp_path / "d", Meter())
-    assert caught.value.reason is Reason.INTEGRITY_MISMATCH
+
+    def fetch(file: StoredFile, start: int, into: memoryview, arrived: Arrived) -> None:
+        into[:9] = b"a" * 9
+        arrived(0, 9)
+
+    with refused(Reason.INTEGRITY_MISMATCH):
+        download(contents.manifest(), fetch, tmp_path / "d", Meter())
     assert not (tmp_path / "d").exists()
+
+
+def test_what_came_before_an_answer_broke_off_is_written_over(tmp_path: Path) -> None:
+    contents = Contents({"a": b"a" * 10})
+
+    def fetch(file: StoredFile, start: int, into: memoryview, arrived: Arrived) -> None:
+        into[:6] = b"wrong!"
+        arrived(0, 6)
+        into[:] = contents["a"]
+        arrived(0, 4)
+        arrived(4, 10)
+
+    download(contents.manifest(), fetch, tmp_path / "d", Meter())
+    assert (tmp_path / "d" / "a").read_bytes() == contents["a"]
+
+
+def test_a_disk_that_refuses_a_piece_is_not_taken_for_a_broken_connection(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    contents, calls = Contents({"a": b"a" * 10}), 0
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def fetch(file: StoredFile, start: int, into: memoryview, arrived: Arrived) -> None:
+        nonlocal calls
+        for _ in range(3):
+            calls += 1
+            try:
+                arrived(0, len(into))
+            except OSError:
+                continue  # as a store does with an error of its socket
+            return
+
+    monkeypatch.setattr("checkpoint_operator.storage.download.write_all", full)
+    with refused(Reason.REQUEST_REJECTED):
+        download(contents.manifest(), fetch, tmp_path / "d", Meter())
+    assert calls == 1
 
 
 def test_what_was_staged_of_another_artifact_is_thrown_away(tmp_path: Path) -> None:
     first, second = Contents({"a": b"1", "old": b"1"}), Contents({"a": b"2"})
     with pytest.raises(StorageError):
-        download(first.manifest(), lambda *_: b"", tmp_path / "d", Meter())
+        download(first.manifest(), into_buffers(lambda *_: b""), tmp_path / "d", Meter())
     download(second.manifest("v"), second.fetch, tmp_path / "d", Meter())
     assert [(path.name, path.read_bytes()) for path in (tmp_path / "d").iterdir()] == [("a", b"2")]
 
@@ -151,11 +210,12 @@ def test_ranges_that_come_in_any_order_are_hashed_in_theirs_and_never_more_than_
         def finish(self, sha256: str) -> None:
             assert sha256 == self.file.sha256
 
-        def put(self, start: int, body: Buffer) -> Iterator[int]:
+        def put(self, start: int, body: memoryview) -> Iterator[memoryview]:
             for done in super().put(start, body):
                 gauge.change(-1)
                 yield done
 
+    @into_buffers
     def fetch(file: StoredFile, start: int, length: int) -> bytes:
         gauge.change(1)
         if (file.path, start) == ("a", 0):
@@ -164,7 +224,7 @@ def test_ranges_that_come_in_any_order_are_hashed_in_theirs_and_never_more_than_
                 assert others.acquire(timeout=30)
         else:
             others.release()
-        return contents.fetch(file, start, length)
+        return contents.read(file, start, length)
 
     table = contents.manifest().table
     fetch_all([Counted(file) for file in table.files], fetch, Meter(), threading.Event())
@@ -176,10 +236,11 @@ def test_ranges_that_come_in_any_order_are_hashed_in_theirs_and_never_more_than_
 def test_the_first_failure_ends_the_others_at_their_next_range(tmp_path: Path, small_ranges: int) -> None:
     contents = Contents({"a": b"a" * 10_000, "b": b"b" * 10_000})
 
+    @into_buffers
     def failing(file: StoredFile, start: int, length: int) -> bytes:
         if start == 50:
             raise StorageError(Reason.STORE_UNAVAILABLE, "gone")
-        return contents.fetch(file, start, length)
+        return contents.read(file, start, length)
 
     with pytest.raises(StorageError, match="gone"):
         download(contents.manifest(), failing, tmp_path / "d", Meter())
@@ -189,10 +250,11 @@ def test_the_first_failure_ends_the_others_at_their_next_range(tmp_path: Path, s
 def test_a_cancelled_download_leaves_no_destination_and_the_next_one_goes_on(tmp_path: Path, small_ranges: int) -> None:
     contents, cancelled = Contents({"a": bytes(range(250)) * 4}), threading.Event()
 
+    @into_buffers
     def fetch(file: StoredFile, start: int, length: int) -> bytes:
         if start == 500:
             cancelled.set()
-        return contents.fetch(file, start, length)
+        return contents.read(file, start, length)
 
     with pytest.raises(Cancelled):
         download(contents.manifest(), fetch, tmp_path / "d", Meter(), cancelled)
@@ -210,10 +272,11 @@ def stop_half_way(contents: Contents, destination: Path) -> Path:
     """A staging folder with everything but the last range of the last file."""
     last = list(contents)[-1]
 
+    @into_buffers
     def fetch(file: StoredFile, start: int, length: int) -> bytes:
         if file.path == last and start + length == file.size:
             raise StorageError(Reason.STORE_UNAVAILABLE, "gone")
-        return contents.fetch(file, start, length)
+        return contents.read(file, start, length)
 
     with pytest.raises(StorageError, match="gone"):
         download(contents.manifest(), fetch, destination, Meter())
@@ -260,11 +323,12 @@ from checkpoint_operator.storage.marker import decode
 from checkpoint_operator.storage.meter import Meter
 ranges.RANGE, stop, body = 1 << 16, int(sys.argv[4]), Path(sys.argv[2]).read_bytes()
 manifest = decode(Path(sys.argv[1]).read_bytes(), "", "").marker
-def fetch(file, start, length):
+def fetch(file, start, into, arrived):
     if start == stop << 16:
         print("here", flush=True)
         threading.Event().wait()
-    return body[start : start + length]
+    into[:] = body[start : start + len(into)]
+    arrived(0, len(into))
 download(manifest, fetch, Path(sys.argv[3]), Meter())
 """
 
@@ -342,10 +406,11 @@ def test_a_staging_folder_that_was_killed_at_its_birth_is_taken_over(tmp_path: P
 def test_two_downloads_to_one_place_do_not_mix(tmp_path: Path) -> None:
     contents = Contents({"a": b"1"})
 
+    @into_buffers
     def fetch(file: StoredFile, start: int, length: int) -> bytes:
         with refused(Reason.TARGET_BUSY):
             download(contents.manifest(), contents.fetch, tmp_path / "d", Meter())
-        return contents.fetch(file, start, length)
+        return contents.read(file, start, length)
 
     download(contents.manifest(), fetch, tmp_path / "d", Meter())
     assert (tmp_path / "d" / "a").read_bytes() == b"1"
@@ -362,10 +427,11 @@ def test_a_staging_folder_of_another_user_is_not_used(tmp_path: Path) -> None:
 def test_a_destination_that_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:
     contents = Contents({"a": b"1"})
 
+    @into_buffers
     def fetch(file: StoredFile, start: int, length: int) -> bytes:
         (tmp_path / "d").mkdir()
         (tmp_path / "d" / "mine").write_bytes(b"x")
-        return contents.fetch(file, start, length)
+        return contents.read(file, start, length)
 
     with refused(Reason.DESTINATION_EXISTS):
         download(contents.manifest(), fetch, tmp_path / "d", Meter())

@@ -15,7 +15,7 @@ import os
 import stat
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from checkpoint_operator.api.errors import Reason
@@ -43,7 +43,7 @@ from checkpoint_operator.storage.marker import Manifest, Uploading
 from checkpoint_operator.storage.meter import Meter
 from checkpoint_operator.storage.parallel import for_each
 from checkpoint_operator.storage.ranges import RANGE, WORKERS, Fetch, Stream, fetch_all, mismatch
-from checkpoint_operator.storage.store import Buffer
+from checkpoint_operator.storage.store import Arrived
 
 PARTIAL = ".partial"
 RESTORING = "restore"
@@ -217,9 +217,20 @@ class _Landing(Stream):
         self._meter = meter
         self.is_resumed = False
 
-    def keep(self, start: int, body: Buffer) -> None:
+    @contextmanager
+    def receive(self, start: int, body: memoryview) -> Iterator[Arrived]:
         with open_file(self._folder, self.file.path, os.O_WRONLY) as target:
-            write_all(target, body, start)
+
+            def write(first: int, last: int) -> None:
+                try:
+                    write_all(target, body[first:last], start + first)
+                except OSError as error:
+                    raise _DiskRefused(error) from error
+
+            try:
+                yield write
+            except _DiskRefused as refused:
+                raise refused.error from None
             if self.file.size > RANGE:
                 start_writeback(target, start, len(body))
 
@@ -239,6 +250,14 @@ class _Landing(Stream):
             status = os.fstat(target)
             _as_it_was(file, target, status)
             os.fsync(target)
+
+
+class _DiskRefused(Exception):
+    """On its way through a store, which would take an OSError for one of its own."""
+
+    def __init__(self, error: OSError) -> None:
+        super().__init__(error)
+        self.error = error
 
 
 def _as_it_was(file: StoredFile, target: int, status: os.stat_result) -> None:

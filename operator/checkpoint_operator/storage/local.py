@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 from checkpoint_operator.api.errors import Reason
@@ -156,7 +157,7 @@ class LocalStorageBackend:
     ) -> ArtifactMetadata:
         manifest, _, folder, stack = self._opened(uri, "download")
         with stack:
-            download(manifest, lambda *piece: read_range(folder, *piece), destination, Meter(progress), cancelled)
+            download(manifest, partial(read_range, folder), destination, Meter(progress), cancelled)
         return manifest.metadata
 
     def verify_artifact(
@@ -173,7 +174,7 @@ class LocalStorageBackend:
                 seen.digest,
                 manifest_digest,
                 contents(folder),
-                lambda *piece: read_range(folder, *piece),
+                partial(read_range, folder),
                 Meter(progress),
                 cancelled,
             )

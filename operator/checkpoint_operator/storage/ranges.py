@@ -3,32 +3,35 @@
 SHA-256 of a file cannot be computed in parallel, so the ranges of one file are fetched by several threads into private
 buffers, and whichever thread brings the one that is due hashes it, and all that wait behind it, while the others fetch on.
 
-Memory: ``SLOTS * RANGE`` = 32 MiB at most, whatever the files' sizes and number: a range has a slot from before it is
-fetched until it is hashed. Ranges are taken in the order of the file, so that the one that is due always has a slot.
-Ranges of twice the size were no faster on loopback, and every thread's heap keeps one or two of them: 30 MiB more in all.
+Memory: ``SLOTS * RANGE`` = 32 MiB at most, whatever the files' sizes and number: a range has one of so many buffers from
+before it is fetched until it is hashed. Ranges are taken in the order of the file, so that the one that is due always has
+one. Ranges of twice the size were no faster on loopback.
 """
 
 import hashlib
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from mmap import mmap
+from queue import SimpleQueue
 
 from checkpoint_operator.api.errors import Reason
 from checkpoint_operator.storage.errors import Cancelled, StorageError
 from checkpoint_operator.storage.manifest import StoredFile
 from checkpoint_operator.storage.meter import Meter
 from checkpoint_operator.storage.parallel import for_each
-from checkpoint_operator.storage.store import Buffer
+from checkpoint_operator.storage.store import Arrived, unheard
 
 RANGE = 4 << 20
 SLOTS = 8
 WORKERS = 6
 
-Fetch = Callable[[StoredFile, int, int], Buffer]
-"""(file, start, length) → exactly that range of exactly the stored version."""
+Fetch = Callable[[StoredFile, int, memoryview, Arrived], None]
+"""(file, start, into, arrived): fill a buffer with the range of exactly the stored version that begins there."""
 
 
 class Stream:
-    """One file on its way. A subclass says what becomes of the bytes (:meth:`keep`) and of a failure (:meth:`fail`).
+    """One file on its way. A subclass says what becomes of the bytes (:meth:`receive`) and of a failure (:meth:`fail`).
 
     ``position`` bytes are hashed, in ``digest``; a stream may begin behind the start, with the digest of what lies before.
     """
@@ -39,11 +42,15 @@ class Stream:
         self.digest = digest or hashlib.sha256()
         self.failed = False
         self._lock = threading.Lock()
-        self._waiting: dict[int, Buffer] = {}
+        self._waiting: dict[int, memoryview] = {}
         self._is_hashing = False
 
-    def keep(self, start: int, body: Buffer) -> None:
-        """A range has arrived; called from several threads, in any order."""
+    def receive(self, start: int, body: memoryview) -> AbstractContextManager[Arrived]:
+        """For the time in which the range that begins at ``start`` comes into ``body``; from several threads, in any order.
+
+        What is raised at its end fails the transfer, not the file.
+        """
+        return nullcontext(unheard)
 
     def finish(self, sha256: str) -> None:
         """Every byte was kept and hashed."""
@@ -52,8 +59,8 @@ class Stream:
         """The file cannot be had. What this raises ends the whole transfer; otherwise the file is left out."""
         raise error
 
-    def put(self, start: int, body: Buffer) -> Iterator[int]:
-        """Hash what is due, if nobody else is at it; the sizes of the ranges as they are done."""
+    def put(self, start: int, body: memoryview) -> Iterator[memoryview]:
+        """Hash what is due, if nobody else is at it; the ranges as they are done with."""
         with self._lock:
             is_late = self.failed
             if not is_late:
@@ -61,25 +68,25 @@ class Stream:
                 if self._is_hashing:
                     return
                 self._is_hashing = True
-        if is_late:  # its slot is free again, and nothing was hashed
-            yield 0
+        if is_late:  # its buffer is free again, and nothing was hashed
+            yield body[:0]
             return
         while (due := self._next()) is not None:
             self.digest.update(due)
             self.position += len(due)
-            yield len(due)
+            yield due
 
-    def _next(self) -> Buffer | None:
+    def _next(self) -> memoryview | None:
         with self._lock:
             due = self._waiting.pop(self.position, None)
             self._is_hashing = due is not None
             return due
 
-    def drop(self) -> int:
-        """Forget what waits; how many ranges that were."""
+    def drop(self) -> list[memoryview]:
+        """Forget what waits; the ranges that did."""
         with self._lock:
             self.failed = True
-            dropped = len(self._waiting)
+            dropped = list(self._waiting.values())
             self._waiting.clear()
             return dropped
 
@@ -91,47 +98,64 @@ def fetch_all(streams: Iterable[Stream], fetch: Fetch, meter: Meter, cancelled: 
         StorageError: what ``fetch`` or a stream raised first; the others stop at their next range.
         Cancelled: when the event was set; it is looked at before each range.
     """
-    slots = threading.Semaphore(SLOTS)
+    free: SimpleQueue[mmap] = SimpleQueue()
 
-    def ranges() -> Iterator[tuple[Stream, int, int]]:
+    def lend(count: int) -> None:
+        for _ in range(count):
+            free.put(mmap(-1, RANGE))  # private memory, of which the kernel gives what is written to, and nothing before
+
+    def ranges() -> Iterator[tuple[Stream, int, memoryview]]:
         for stream in streams:
             size, first = stream.file.size, stream.position
             for start in range(first, size, RANGE) if size > first else (first,):
                 if stream.failed:
                     break
-                slots.acquire()
-                yield stream, start, min(RANGE, size - start)
+                yield stream, start, memoryview(free.get())[: size - start]
 
-    def bring(task: tuple[Stream, int, int]) -> None:
-        stream, start, length = task
+    def give_back(bodies: Iterable[memoryview]) -> None:
+        for body in bodies:
+            assert isinstance(body.obj, mmap)
+            free.put(body.obj)
+
+    def bring(task: tuple[Stream, int, memoryview]) -> None:
+        stream, start, body = task
         if cancelled.is_set():
             raise Cancelled
         try:
-            body = fetch(stream.file, start, length) if length else b""
-            _check_length(stream.file, start, length, body)
+            if body:
+                _fetch_whole(fetch, stream, start, body)
         except StorageError as error:
             stream.fail(error)
-            slots.release(1 + stream.drop())
+            give_back([body, *stream.drop()])
             return
-        if not stream.failed:
-            stream.keep(start, body)
         for done in stream.put(start, body):
-            slots.release()
-            meter.add(done)
+            give_back([done])
+            meter.add(len(done))
             if stream.position == stream.file.size:
                 stream.finish(stream.digest.hexdigest())
                 meter.add(0, files=1)
 
-    # Each thread may take one more range after the end was called; none may wait for a slot then.
-    for_each(bring, ranges(), workers=WORKERS, name="fetch", on_stop=lambda: slots.release(WORKERS))
+    lend(SLOTS)
+    # Each thread may take one more range after the end was called; none may wait for a buffer then.
+    for_each(bring, ranges(), workers=WORKERS, name="fetch", on_stop=lambda: lend(WORKERS))
 
 
-def _check_length(file: StoredFile, start: int, length: int, body: Buffer) -> None:
-    if len(body) != length:
+def _fetch_whole(fetch: Fetch, stream: Stream, start: int, body: memoryview) -> None:
+    """No store may leave in a buffer what was in it before."""
+    filled = 0
+    with stream.receive(start, body) as receive:
+
+        def arrived(first: int, last: int) -> None:
+            nonlocal filled
+            receive(first, last)
+            filled = last
+
+        fetch(stream.file, start, body, arrived)
+    if filled != len(body):
         raise StorageError(
             Reason.INTEGRITY_MISMATCH,
-            f"'{file.path}' is shorter than its manifest says: {len(body)} of {length} bytes came back at {start}",
-            path=file.path,
+            f"'{stream.file.path}' is shorter than its manifest says: {filled} of {len(body)} bytes came back at {start}",
+            path=stream.file.path,
         )
 
 

@@ -20,7 +20,18 @@ from checkpoint_operator.storage.s3_checksums import CRC64, MD5, Checksums
 from checkpoint_operator.storage.s3_connect import Connection, connect
 from checkpoint_operator.storage.s3_errors import classify, code_of, error_of, status_of
 from checkpoint_operator.storage.s3_wire import Answer, TooLarge, WireError
-from checkpoint_operator.storage.store import Buffer, Entry, Part, Piece, Stat, Upload, UploadLost, Written
+from checkpoint_operator.storage.store import (
+    Arrived,
+    Buffer,
+    Entry,
+    Part,
+    Piece,
+    Stat,
+    Upload,
+    UploadLost,
+    Written,
+    unheard,
+)
 
 if TYPE_CHECKING:
     from mypy_boto3_s3.client import S3Client
@@ -162,14 +173,14 @@ class S3Store:
         said = self._checksums.said_by(answer)
         return Stat(answer["ContentLength"], answer["ETag"], said, answer["Metadata"].get(OWNER))
 
-    def fetch(self, key: str, token: str, start: int, length: int) -> Buffer:
+    def fetch(self, key: str, token: str, start: int, into: memoryview, arrived: Arrived = unheard) -> None:
         try:
-            headers = {"If-Match": token, "Range": f"bytes={start}-{start + length - 1}"}
-            answer = self._connection.wire.get(key, headers, length)
+            headers = {"If-Match": token, "Range": f"bytes={start}-{start + len(into) - 1}"}
+            answer = self._connection.wire.get_into(key, headers, into, arrived)
         except _FAILURES as error:
             raise self._refused(error, "fetch", key) from error
-        if answer.status in (200, 206) and len(answer.body) == length:
-            return answer.body
+        if answer.body is into:
+            return
         said = error_of(answer, "GetObject")
         if answer.status in (200, 206, 404, 412, 416):
             raise StorageError(

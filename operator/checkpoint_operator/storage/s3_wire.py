@@ -18,7 +18,7 @@ import time
 import weakref
 import xml.etree.ElementTree as ET
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
@@ -30,7 +30,7 @@ from urllib3.exceptions import MaxRetryError
 from urllib3.util import Retry, make_headers
 from urllib3.util.wait import wait_for_read
 
-from checkpoint_operator.storage.store import Buffer
+from checkpoint_operator.storage.store import PIECE, Arrived, Buffer
 from checkpoint_operator.storage.tls import TLSStream
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ _LONGEST_ERROR = 64 << 10
 _AGAIN = frozenset({408, 429, 500, 502, 503, 504})
 _SLOW = frozenset({429, 503})
 
+_Read = Callable[[http.client.HTTPResponse], Buffer]
 _Idle = tuple[float, http.client.HTTPConnection]
 """(when it was put back, the connection)"""
 
@@ -138,14 +139,38 @@ class Wire:
         """PUT one body. Raises :class:`WireError`."""
         # On TLS the body is protected twice already, by the connection and by its checksum; so botocore has it as well.
         payload = UNSIGNED_PAYLOAD if self._has_tls else hashlib.sha256(body).hexdigest()
-        return self._request("PUT", key, query, {**headers, "Content-Length": str(len(body))}, payload, body, 0)
+        headers = {**headers, "Content-Length": str(len(body))}
+        return self._request("PUT", key, query, headers, payload, body, lambda answer: _read(answer, _SLICE))
 
     def get(self, key: str, headers: Mapping[str, str], length: int) -> Answer:
         """GET at most ``length`` bytes of an object. Raises :class:`WireError`, :class:`TooLarge` where there are more."""
-        return self._request("GET", key, "", headers, EMPTY_SHA256_HASH, b"", length)
+        return self._request(
+            "GET", key, "", headers, EMPTY_SHA256_HASH, b"", lambda answer: _read(answer, max(length, _SLICE))
+        )
+
+    def get_into(self, key: str, headers: Mapping[str, str], into: memoryview, arrived: Arrived) -> Answer:
+        """GET exactly as many bytes as a buffer has: then the answer's body is that buffer, else it is the store's words.
+
+        ``arrived`` hears of each piece, see there. Raises :class:`WireError`, and what ``arrived`` raises.
+        """
+
+        def read(response: http.client.HTTPResponse) -> Buffer:
+            if response.status not in (200, 206) or response.length != len(into):
+                return _read(response, max(len(into), _SLICE))
+            done = 0
+            while done < len(into):
+                count = response.readinto(into[done : done + PIECE])
+                if not count:
+                    raise http.client.IncompleteRead(b"", len(into) - done)
+                arrived(done, done + count)
+                done += count
+            response.close()
+            return into
+
+        return self._request("GET", key, "", headers, EMPTY_SHA256_HASH, b"", read)
 
     def _request(
-        self, method: str, key: str, query: str, headers: Mapping[str, str], payload: str, body: Buffer, length: int
+        self, method: str, key: str, query: str, headers: Mapping[str, str], payload: str, body: Buffer, read: "_Read"
     ) -> Answer:
         url = f"{self._base}/{quote(key, safe='/-_.~')}{query}"
         retry: Retry | None = None
@@ -153,7 +178,7 @@ class Wire:
             answer, failed = None, Exception()
             try:
                 with self.gate.passed():
-                    answer = self._once(_Request(method, url, dict(headers), {"payload": payload}), body, length)
+                    answer = self._once(_Request(method, url, dict(headers), {"payload": payload}), body, read)
             except (OSError, http.client.HTTPException) as error:
                 failed = error
                 _close_all(self._idle)  # whatever happened to this connection may have happened to all of them
@@ -173,7 +198,7 @@ class Wire:
                 raise WireError(f"{type(failed).__name__}: {failed}, {ATTEMPTS} times") from failed
             time.sleep(retry.get_backoff_time())
 
-    def _once(self, request: "_Request", body: Buffer, length: int) -> Answer:
+    def _once(self, request: "_Request", body: Buffer, read: "_Read") -> Answer:
         signer = _Signer(self._credentials.get_frozen_credentials(), "s3", self._region)
         connection = self._take()
         # Of small bodies there are thousands. Threads that all want the interpreter's lock between two system calls take
@@ -190,7 +215,7 @@ class Wire:
             raise
         try:
             response.begin()
-            content = _read(response, max(length, _SLICE))
+            content = read(response)
         except BaseException:
             response.close()
             connection.close()

@@ -8,11 +8,22 @@ Checksums: the engine hands every body to :meth:`ObjectStore.digest` exactly onc
 the answer back with the body; the store sends it along, so that the other side refuses a body that was damaged on its way.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 Buffer = bytes | bytearray | memoryview
+
+Arrived = Callable[[int, int], None]
+"""(first, last): these bytes of a buffer are there, ``last`` not included. Called in order from 0, and from 0 again with the
+same bytes where an answer broke off and was asked for anew."""
+
+PIECE = 256 << 10
+"""Bytes that are told of at once, where a store can: few enough to be in the CPU's cache still when they are written."""
+
+
+def unheard(first: int, last: int) -> None:
+    """Nobody listens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +106,12 @@ class ObjectStore(Protocol):
     def stat(self, key: str) -> Stat | None:
         """What the store says of one object, checksum included, or None."""
 
-    def fetch(self, key: str, token: str, start: int, length: int) -> Buffer:
-        """A range of exactly that version. Raises IntegrityMismatch where the object is another version by now."""
+    def fetch(self, key: str, token: str, start: int, into: memoryview, arrived: Arrived = unheard) -> None:
+        """Fill a buffer with the range of exactly that version that begins at ``start``.
+
+        Raises IntegrityMismatch where the object is another version by now, or ends before the range does. What ``arrived``
+        raises is passed on, unless it is an OSError.
+        """
 
     def refusal(self, key: str) -> str | None:
         """Why this store could not keep a key exactly as it is, as the end of "the name …", or None. Pure, no request."""

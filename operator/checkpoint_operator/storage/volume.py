@@ -27,7 +27,7 @@ from checkpoint_operator.storage.folders import (
 from checkpoint_operator.storage.hostile import check_names, folders_of
 from checkpoint_operator.storage.manifest import StoredFile
 from checkpoint_operator.storage.marker import DELETING_NAME, ForeignMarker, Manifest, Seen
-from checkpoint_operator.storage.store import Buffer, Entry
+from checkpoint_operator.storage.store import PIECE, Arrived, Entry
 from checkpoint_operator.storage.verify import FOLDER, Held, link_to
 
 PARTIAL = ".partial-"
@@ -82,13 +82,12 @@ def busy(place: TargetURI) -> StorageError:
     )
 
 
-def read_range(folder: int, file: StoredFile, start: int, length: int) -> Buffer:
-    """A range of a stored file.
+def read_range(folder: int, file: StoredFile, start: int, into: memoryview, arrived: Arrived) -> None:
+    """Fill a buffer with a range of a stored file.
 
     Raises:
         StorageError: IntegrityMismatch where the file is not what was stored; StoreUnavailable where the disk fails.
     """
-    buffer = memoryview(bytearray(length))
     try:
         with open_file(folder, file.path, os.O_RDONLY) as descriptor:
             status, got = os.fstat(descriptor), 0
@@ -96,14 +95,16 @@ def read_range(folder: int, file: StoredFile, start: int, length: int) -> Buffer
                 raise _not_stored(file, "is no file any more")
             if status.st_size != file.size:
                 raise _not_stored(file, f"has {status.st_size} bytes, the manifest lists {file.size}")
-            while got < length and (count := os.preadv(descriptor, [buffer[got:]], start + got)):
+            while got < len(into) and (count := os.preadv(descriptor, [into[got : got + PIECE]], start + got)):
+                arrived(got, got + count)
                 got += count
+            if got < len(into):
+                raise _not_stored(file, "became shorter while it was read")
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO):
             raise _not_stored(file, f"was replaced or removed: {error.strerror}") from error
         reason = Reason.CREDENTIALS_REFUSED if isinstance(error, PermissionError) else Reason.STORE_UNAVAILABLE
         raise StorageError(reason, f"reading '{file.path}' failed: {error.strerror}", path=file.path) from error
-    return buffer[:got]
 
 
 def _not_stored(file: StoredFile, what: str) -> StorageError:
