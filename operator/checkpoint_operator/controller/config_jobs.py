@@ -111,6 +111,7 @@ class JobRules(FileModel):
     ca_bundle: str | None = Field(
         default=None, description="PEM of the authorities that movers trust instead of the system's."
     )
+    ca_bundle_file: Path | None = Field(default=None, description="The same in a file, read once at the start.")
     proxy: Proxy = Field(default_factory=Proxy)
     progress_from_logs: bool = Field(
         default=True, description="Read progress from the pods' logs (needs pods/log); else only the result is known."
@@ -155,6 +156,13 @@ class JobRules(FileModel):
             raise ValueError(f"it has {len(value.encode())} bytes, at most {CA_BUNDLE_MAX} fit into a mover's plan")
         return value
 
+    @field_validator("ca_bundle_file")
+    @classmethod
+    def _is_bundle_file(cls, path: Path | None) -> Path | None:
+        if path is not None and not path.is_file():
+            raise ValueError(f"'{path}' is not an existing file: mount the ConfigMap with the certificates there")
+        return path
+
     @model_validator(mode="after")
     def _defaults_are_within_bounds(self) -> Self:
         for part, amounts in (("requests", self.resources.requests), ("limits", self.resources.limits)):
@@ -168,15 +176,25 @@ class JobRules(FileModel):
 def load_job_rules(path: Path | None) -> JobRules:
     """Read the file behind the setting ``jobs_config``.
 
+    A bundle that is in a file of its own is read as well, so that whoever renders a Job needs to read nothing.
+
     Raises:
         ConfigError: naming the file and the key.
     """
     if path is None:
         raise ConfigError("setting jobs_config: the Job executor needs its file (flag --jobs-config), at least with `image`")
     try:
-        return JobRules.model_validate(yaml.safe_load(path.read_text()) or {})
+        rules = JobRules.model_validate(yaml.safe_load(path.read_text()) or {})
+        if rules.ca_bundle_file is None:
+            return rules
+        if rules.ca_bundle is not None:
+            raise ConfigError(f"setting jobs_config, in '{path}': set caBundle or caBundleFile, not both")
+        said = rules.model_dump(exclude={"ca_bundle_file"}, exclude_unset=True)
+        return JobRules.model_validate({**said, "ca_bundle": rules.ca_bundle_file.read_text()})
     except OSError as error:
-        raise ConfigError(f"setting jobs_config: '{path}' cannot be read: {error.strerror}") from None
+        raise ConfigError(f"setting jobs_config: '{error.filename or path}' cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"setting jobs_config: '{path}', or its caBundleFile, is no text in UTF-8") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"setting jobs_config: '{path}' is no YAML: {error}") from None
     except ValidationError as error:

@@ -22,6 +22,7 @@ from checkpoint_operator.api.names import ENV_EXIT_WITH_PARENT, ENV_PLAN, ENV_TE
 from checkpoint_operator.api.protocol import Failure, Operation, Plan, Progress, Result, encode_line
 from checkpoint_operator.api.uris import InvalidURI, TargetURI
 from checkpoint_operator.mover.lock import hold_lock
+from checkpoint_operator.mover.trust import trusted
 from checkpoint_operator.storage import DeleteRequest, StorageError, StorageManager, UploadRequest
 from checkpoint_operator.storage.errors import Cancelled
 from checkpoint_operator.storage.source import Selection
@@ -92,7 +93,8 @@ class Mover:
         with ExitStack() as stack:
             if plan.lock_file:
                 stack.enter_context(hold_lock(Path(plan.lock_file)))
-            backend = StorageManager(plan.options).backend(uri.scheme)
+            options = stack.enter_context(trusted(plan.options))
+            backend = StorageManager(options).backend(uri.scheme)
             match plan.operation:
                 case Operation.DELETE:
                     request = DeleteRequest(
@@ -172,8 +174,8 @@ def _be_the_first_to_go() -> None:
 def main() -> int:
     """Entry point; reads the plan from the environment."""
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)-7s %(name)s: %(message)s")
-    # The identity of the machine belongs to nobody who may write a custom resource.
-    os.environ["AWS_EC2_METADATA_DISABLED"] = "true"
+    # The identity of the machine belongs to nobody who may write a custom resource, unless the admin said so.
+    os.environ.setdefault("AWS_EC2_METADATA_DISABLED", "true")
     output = _own_output()
     mover = Mover(os.environ, output)
     signal.signal(signal.SIGTERM, lambda *_: mover.cancelled.set())
