@@ -11,6 +11,8 @@ LOCKED := $(VENV)/.locked
 STAMP := $(VENV)/.stamp
 # What the benchmark compares with, apart from what we depend on.
 PEERS := $(VENV)/bench/.stamp
+# What looks at the chart; it pins a hundred packages, so it is apart as well.
+CHART_TOOLS := $(VENV)/chart/.stamp
 CACHE := $${CHECKPOINT_OPERATOR_CACHE:-~/.cache/checkpoint-operator}
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 export PYTHONPATH := $(CURDIR)/deploy/local
@@ -40,20 +42,25 @@ test-unit: $(STAMP)  ## The tests that need no cluster, within a minute
 	@$(BIN)/python -m pytest tests/unit
 
 .PHONY: lint
-lint: $(STAMP)  ## ruff, mypy, the rooms of the design, and generated files
+lint: $(STAMP) $(CHART_TOOLS)  ## ruff, mypy, the rooms of the design, generated files, and the chart
 	@echo "==> ruff"
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@echo "==> mypy: the package, then the tools beside it"
 	@$(BIN)/mypy
-	@$(BIN)/mypy deploy/generate.py deploy/demo/*.py deploy/local/local_cluster/*.py
+	@$(BIN)/mypy deploy/*.py deploy/demo/*.py deploy/local/local_cluster/*.py
+	@$(BIN)/mypy deploy/image/rootfs.py
+	@echo "==> hadolint"
+	@$(BIN)/hadolint Dockerfile
 	@echo "==> import-linter"
 	@$(BIN)/lint-imports --no-logo
 	@echo "==> generated files"
 	@$(BIN)/python deploy/generate.py --check
+	@echo "==> the chart: helm lint, the schemas of Kubernetes, checkov"
+	@$(BIN)/python deploy/lint_chart.py $(VENV)/chart/bin
 
 .PHONY: generate
-generate: $(STAMP)  ## Write the CRD and the tables in docs/ from the code
+generate: $(STAMP)  ## Write the CRD, the tables in docs/ and deploy/manifests/ from the code and the chart
 	@$(BIN)/python deploy/generate.py
 
 .PHONY: bench
@@ -68,12 +75,16 @@ bench-transfer: $(STAMP) $(PEERS)  ## The transfer engine beside s5cmd, rclone, 
 	@$(BIN)/python benchmarks/transfer.py $(ARGS)
 
 .PHONY: cluster-up
-cluster-up: $(STAMP)  ## A Kubernetes to try things on; prints two export lines
-	@$(BIN)/python -m local_cluster up
+cluster-up: $(STAMP)  ## A Kubernetes to try things on; prints two export lines (NODE=1 or 2: with nodes that run pods)
+	@$(BIN)/python -m local_cluster up $(if $(NODE),--nodes $(NODE))
 
 .PHONY: cluster-down
 cluster-down: $(STAMP)  ## Stop it
 	@$(BIN)/python -m local_cluster down
+
+.PHONY: image
+image: $(STAMP)  ## The image of operator and mover as an archive; prints its path
+	@$(BIN)/python -m local_cluster image
 
 .PHONY: lock
 lock:  ## Lock the dependencies anew, with hashes (uv comes from a throw-away environment)
@@ -82,8 +93,15 @@ lock:  ## Lock the dependencies anew, with hashes (uv comes from a throw-away en
 		"$$folder/bin/uv" pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
 			--no-emit-index-url --group dev --extra s3 --extra gcs --extra azure --extra operator pyproject.toml --output-file requirements/dev.txt; \
 		"$$folder/bin/uv" pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
-			--no-emit-index-url requirements/bench.in --output-file requirements/bench.txt
-	@echo "wrote requirements/dev.txt and requirements/bench.txt"
+			--no-emit-index-url requirements/bench.in --output-file requirements/bench.txt; \
+		"$$folder/bin/uv" pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
+			--no-emit-index-url requirements/chart.in --output-file requirements/chart.txt; \
+		"$$folder/bin/uv" pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
+			--no-emit-index-url --constraint requirements/dev.txt \
+			--extra s3 --extra gcs --extra azure --extra operator pyproject.toml --output-file requirements/image.txt; \
+		"$$folder/bin/uv" pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
+			--no-emit-index-url --constraint requirements/dev.txt requirements/build.in --output-file requirements/build.txt
+	@echo "wrote dev.txt, bench.txt, chart.txt, image.txt and build.txt in requirements/"
 
 .PHONY: clean
 clean:  ## Remove what was made in this folder (what was built once is kept)
@@ -131,4 +149,10 @@ $(PEERS): requirements/bench.txt | $(STAMP)
 	@echo "==> the peers of the benchmark, into $(VENV)/bench" >&2
 	@$(BIN)/python -m venv --clear $(VENV)/bench >&2
 	@$(VENV)/bench/bin/python -m pip --disable-pip-version-check --quiet install --require-hashes -r requirements/bench.txt >&2
+	@touch $@
+
+$(CHART_TOOLS): requirements/chart.txt | $(STAMP)
+	@echo "==> checkov and kubernetes-validate, into $(VENV)/chart (once)" >&2
+	@$(BIN)/python -m venv --clear $(VENV)/chart >&2
+	@$(VENV)/chart/bin/python -m pip --disable-pip-version-check --quiet install --require-hashes -r requirements/chart.txt >&2
 	@touch $@

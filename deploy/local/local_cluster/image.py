@@ -36,6 +36,10 @@ _ARCHIVES_KEPT = 4
 Say = Callable[[str], None]
 
 
+class ImageUnavailable(LocalClusterError):
+    """This machine has nothing that could build an image; whoever only wants to test it skips with this text."""
+
+
 @dataclass(frozen=True)
 class Base:
     """What the Dockerfile wants to stand on: a version of Python, a release of Debian."""
@@ -61,7 +65,8 @@ def ensure_image(say: Say) -> Path:
     """An archive (docker-archive) of this checkout's image, tagged :data:`TAG`; built first where the cache has none.
 
     Raises:
-        LocalClusterError: this machine cannot build it, or the build failed; the message says what to do.
+        ImageUnavailable: this machine cannot build images; the message says what it lacks.
+        LocalClusterError: the build failed; the message has its last words.
     """
     archive = image_archive()
     if archive.exists():
@@ -151,14 +156,14 @@ def _build_with_buildah(context: Path, archive: Path, say: Say) -> None:
 
 
 def _require_tools(say: Say) -> None:
-    """Raises LocalClusterError where the image can neither be built here nor what builds it be installed."""
+    """Raises ImageUnavailable where the image can neither be built here nor what builds it be installed."""
     if sys.platform != "linux" or os.geteuid() != 0:
-        raise LocalClusterError("the image needs a running Docker, or Linux and root for buildah and debootstrap.")
+        raise ImageUnavailable("the image needs a running Docker, or Linux and root for buildah and debootstrap.")
     missing = [name for name in _TOOLS if shutil.which(name) is None]
     if not missing:
         return
     if shutil.which("apt-get") is None:
-        raise LocalClusterError(f"the image needs {' and '.join(missing)}: install them, or start Docker.")
+        raise ImageUnavailable(f"the image needs {' and '.join(missing)}: install them, or start Docker.")
     say(f"installing the Debian packages {' and '.join(missing)}, which build the image")
     log = cache_root() / "image" / "packages"
     apt = ["apt-get", "-o", "DPkg::Lock::Timeout=300", "--quiet"]
