@@ -14,8 +14,12 @@ from checkpoint_operator.api.protocol import Failure, Operation, Progress, Resul
 from checkpoint_operator.controller.executor import (
     EarlierMover,
     FinishedMover,
+    Held,
     MoverState,
     NoMover,
+    PendingMover,
+    Preparation,
+    Prepared,
     RunningMover,
     StopReason,
 )
@@ -25,6 +29,7 @@ from checkpoint_operator.controller.plan import (
     Decision,
     Observed,
     Policy,
+    Prepare,
     Record,
     RemoveFinalizer,
     Start,
@@ -116,6 +121,8 @@ class Case:
     blocked: str | None = None
     refusal: Failure | None = None
     also_stored_by: str | None = None
+    preparation: Preparation | None = Prepared()  # noqa: RUF009 - a frozen value
+    kind: str = "Inline"
     facts: dict[str, Any] = field(default_factory=dict)
 
 
@@ -510,7 +517,9 @@ CASES: dict[str, Case] = {
 
 
 def decide(case: Case) -> Decision:
-    seen = Observed(case.artifact, case.mover, "Inline", case.blocked, case.refusal, case.also_stored_by)
+    seen = Observed(
+        case.artifact, case.mover, case.kind, case.blocked, case.refusal, case.also_stored_by, case.preparation
+    )
     return plan(seen, POLICY, NOW)
 
 

@@ -8,7 +8,10 @@ from typing import Any
 import kopf
 
 from checkpoint_operator.api import names
+from checkpoint_operator.controller.jobs.executor import JobExecutor
 from checkpoint_operator.controller.reconciler import Reconciler
+
+_JOBS, _PODS = ("batch", "v1", "jobs"), ("", "v1", "pods")
 
 
 class _NoDiffBase(kopf.DiffBaseStorage):
@@ -21,8 +24,9 @@ class _NoDiffBase(kopf.DiffBaseStorage):
         return None
 
 
-def register(registry: kopf.OperatorRegistry, reconciler: Reconciler) -> None:
-    """Watch CheckpointArtifacts; whatever happens to one, its key is looked at."""
+def register(registry: kopf.OperatorRegistry, reconciler: Reconciler, jobs: JobExecutor | None) -> None:
+    """Watch CheckpointArtifacts, and with the Job executor the Jobs and pods of movers; whatever happens to one, the
+    artifact's key is looked at."""
 
     @kopf.on.login(registry=registry)
     def login(**kwargs: Any) -> kopf.ConnectionInfo | None:
@@ -35,10 +39,24 @@ def register(registry: kopf.OperatorRegistry, reconciler: Reconciler) -> None:
     def artifact_event(event: Mapping[str, Any], **_: Any) -> None:
         reconciler.saw(event["type"], dict(event["object"]))
 
+    if jobs is None:
+        return
+
+    @kopf.on.event(*_JOBS, registry=registry)
+    def job_event(event: Mapping[str, Any], **_: Any) -> None:
+        jobs.saw_job(event["type"], dict(event["object"]))
+
+    @kopf.on.event(*_PODS, registry=registry)
+    def pod_event(event: Mapping[str, Any], **_: Any) -> None:
+        jobs.saw_pod(event["type"], dict(event["object"]))
+
 
 def settings() -> kopf.OperatorSettings:
     """kopf's settings; each one has a reason in DESIGN §4."""
     chosen = kopf.OperatorSettings()
+    # On the server: a decorator's `labels` would have every pod of the cluster sent to us first.
+    for watched in (_JOBS, _PODS):
+        chosen.watching.label_selectors[watched] = names.LABEL_ARTIFACT_UID
     chosen.posting.enabled = False  # we post our own events
     chosen.scanning.disabled = True  # no right to list CRDs is needed
     chosen.peering.standalone = True

@@ -28,6 +28,8 @@ from checkpoint_operator.controller.executor import (
     FinishedMover,
     MoverState,
     NoMover,
+    Preparation,
+    Prepared,
     RunningMover,
     StopReason,
 )
@@ -86,6 +88,12 @@ class InlineExecutor:
         self._now = now
         self._children: dict[str, _Child] = {}
 
+    async def resync(self) -> None:
+        """Nothing: children are known."""
+
+    def artifacts(self) -> list[tuple[str, str]]:
+        return [child.key for child in self._children.values()]
+
     def refuse(self, artifact: CheckpointArtifact) -> Failure | None:
         chosen = self._choose(artifact)
         return chosen if isinstance(chosen, Failure) else None
@@ -97,13 +105,20 @@ class InlineExecutor:
         _, target, directory = chosen
         return f"{directory or target.endpoint or ''}|{uri}"
 
-    def state(self, name: str | None, uid: str) -> MoverState:
-        child = self._children.get(name) if name else None
+    async def look(self, artifact: CheckpointArtifact) -> None:
+        """Nothing: what is known of a child is never old."""
+
+    def state(self, artifact: CheckpointArtifact) -> MoverState:
+        mover = artifact.status.mover
+        child = self._children.get(mover.name) if mover else None
         if child is None:
-            return EarlierMover() if self._is_locked(uid) else NoMover()
+            return EarlierMover() if self._is_locked(artifact.metadata.uid) else NoMover()
         if child.exit_code is None:
             return RunningMover(child.progress, child.moved_at, child.stopping)
         return FinishedMover(child.exit_code, child.result, child.stopping)
+
+    async def prepare(self, name: str, artifact: CheckpointArtifact, operation: Operation) -> Preparation:
+        return Prepared()
 
     async def start(self, name: str, artifact: CheckpointArtifact, operation: Operation, now: datetime) -> None:
         if name in self._children:
@@ -139,7 +154,10 @@ class InlineExecutor:
         else:
             child.task = asyncio.create_task(self._follow(child), name=f"mover {name}")
 
-    def stop(self, name: str, reason: StopReason) -> None:
+    async def stop(self, name: str, artifact: CheckpointArtifact, reason: StopReason) -> None:
+        self._stop(name, reason)
+
+    def _stop(self, name: str, reason: StopReason) -> None:
         child = self._children.get(name)
         if child is None or child.process is None or child.exit_code is not None or child.stopping:
             return
@@ -147,14 +165,19 @@ class InlineExecutor:
         self._signal(child, signal.SIGTERM)
         asyncio.get_running_loop().call_later(KILL_AFTER, self._signal, child, signal.SIGKILL)
 
-    def stop_others(self, key: tuple[str, str], uid: str | None) -> bool:
+    async def stop_others(self, key: tuple[str, str], uid: str | None) -> bool:
         others = [name for name, child in self._children.items() if child.key == key and child.uid != uid]
         for name in others:
-            self.stop(name, StopReason.DELETED)
-            self.forget(name)
+            self._stop(name, StopReason.DELETED)
+            self._drop(name)
         return any(name in self._children for name in others)
 
-    def forget(self, name: str) -> None:
+    async def forget(self, key: tuple[str, str], uid: str, name: str | None = None) -> None:
+        mine = [other for other, child in self._children.items() if (child.key, child.uid) == (key, uid)]
+        for other in [name] if name else mine:
+            self._drop(other)
+
+    def _drop(self, name: str) -> None:
         child = self._children.get(name)
         if child is not None and child.exit_code is not None:
             del self._children[name]
@@ -162,7 +185,7 @@ class InlineExecutor:
     async def shutdown(self, seconds: float) -> None:
         """Stop every mover, and kill those that have not stopped after so many seconds."""
         for name in list(self._children):
-            self.stop(name, StopReason.SHUTDOWN)
+            self._stop(name, StopReason.SHUTDOWN)
         # The processes are waited for, not our tasks: kopf, at its end, cancels every task that it did not know before.
         alive = {
             asyncio.create_task(child.process.wait()): child

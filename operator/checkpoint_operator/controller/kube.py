@@ -61,7 +61,7 @@ class Refused(KubeError):
 
 
 class Kube:
-    """The requests that the operator makes, and so the rights that it needs (``deploy/rbac.yaml``)."""
+    """The requests that the operator makes, and so the rights that it needs (docs/permissions.md)."""
 
     def __init__(self, api: client.ApiClient) -> None:
         self._api = api
@@ -111,10 +111,8 @@ class Kube:
                 yield item
 
     async def list_pods(self, namespace: str) -> AsyncIterator[JsonObject]:
-        """Every pod of a namespace that has not ended."""
-        async for item in self._pages(
-            f"{_CORE}/namespaces/{namespace}/pods", fieldSelector="status.phase!=Succeeded,status.phase!=Failed"
-        ):
+        """Every pod of a namespace, dead or alive."""
+        async for item in self._pages(f"{_CORE}/namespaces/{namespace}/pods"):
             yield item
 
     async def get_job(self, namespace: str, name: str) -> JsonObject:
@@ -172,15 +170,14 @@ class Kube:
                 _refuse(ApiException(status=answer.status, reason=answer.reason))
         return data
 
-    async def _pages(self, path: str, *, accept: str | None = None, **query: str) -> AsyncIterator[JsonObject]:
-        token: str | None = None
+    async def _pages(self, path: str, *, accept: str | None = None, **query: Any) -> AsyncIterator[JsonObject]:
+        query["limit"] = PAGE
         while True:
-            more = {"continue": token} if token else {}
-            page = await self._request(path, accept=accept, limit=PAGE, **query, **more)
+            page = await self._request(path, accept=accept, **query)
             for item in page["items"]:
                 yield item
-            token = page["metadata"].get("continue")
-            if not token:
+            query["continue"] = page["metadata"].get("continue")
+            if not query["continue"]:
                 break
 
     async def _request(

@@ -12,8 +12,10 @@ import kopf
 
 from checkpoint_operator.controller import handlers
 from checkpoint_operator.controller.config import ConfigError, InlineConfig, Settings, load_inline, load_settings
+from checkpoint_operator.controller.config_jobs import JobRules, load_job_rules
 from checkpoint_operator.controller.inline import InlineExecutor
-from checkpoint_operator.controller.kube import Forbidden, KubeError, NotFound, connect
+from checkpoint_operator.controller.jobs.executor import JobExecutor
+from checkpoint_operator.controller.kube import Forbidden, Kube, KubeError, NotFound, connect
 from checkpoint_operator.controller.plan import Policy
 from checkpoint_operator.controller.queue import WorkQueue
 from checkpoint_operator.controller.reconciler import Reconciler, resync_forever
@@ -50,11 +52,25 @@ def _configure_logging(settings: Settings) -> None:
     handlers.quiet()
 
 
-async def run(settings: Settings, inline: InlineConfig) -> None:
-    """Run until a signal or a fatal error; movers are stopped before it returns."""
+Rules = InlineConfig | JobRules
+"""What the admin decided about movers; which of the two says who runs them."""
+
+
+def _executor_of(
+    rules: Rules, kube: Kube, settings: Settings, queue: WorkQueue[Key]
+) -> tuple[InlineExecutor | JobExecutor, JobExecutor | None]:
+    """Who runs movers, and once more where that is who has to hear of Jobs and pods."""
+    if isinstance(rules, InlineConfig):
+        return InlineExecutor(rules, settings.state_directory, queue.add, _utc_now), None
+    jobs = JobExecutor(kube, rules, settings.namespace_list, queue.add, _utc_now)
+    return jobs, jobs
+
+
+async def run(settings: Settings, rules: Rules) -> None:
+    """Run until a signal or a fatal error; Inline movers are stopped before it returns, Jobs go on."""
     queue: WorkQueue[Key] = WorkQueue()
     async with connect() as kube:
-        executor = InlineExecutor(inline, settings.state_directory, queue.add, _utc_now)
+        executor, jobs = _executor_of(rules, kube, settings, queue)
         reconciler = Reconciler(
             kube,
             queue,
@@ -66,17 +82,18 @@ async def run(settings: Settings, inline: InlineConfig) -> None:
                 progress_every=settings.progress_seconds,
                 no_progress=settings.no_progress_seconds,
             ),
-            Limits(settings.max_movers, settings.max_movers_per_namespace),
+            Limits(settings.max_movers, settings.max_movers_per_namespace, settings.max_movers),
             _utc_now,
         )
         registry = kopf.OperatorRegistry()
-        handlers.register(registry, reconciler)
+        handlers.register(registry, reconciler, jobs)
         namespaces = settings.namespace_list
         # Who decides about data must know everybody who names it: no worker starts on a cache that is half full.
         await reconciler.fill(namespaces)
         tasks = [
             *(asyncio.create_task(reconciler.work(), name=f"worker {n}") for n in range(settings.reconcile_workers)),
             asyncio.create_task(resync_forever(reconciler, namespaces, settings.resync_seconds), name="resync"),
+            *([asyncio.create_task(jobs.follow(), name="progress")] if jobs else []),
         ]
         try:
             await kopf.operator(
@@ -98,16 +115,23 @@ def main() -> int:
     """Entry point; wrong settings are told on standard error, by name, and nothing is started."""
     try:
         settings = load_settings(sys.argv[1:])
-        inline = load_inline(settings.inline_config)
-        _prepare(settings, inline)
+        rules: Rules
+        if settings.executor == "job":
+            rules = load_job_rules(settings.jobs_config)
+        else:
+            rules = load_inline(settings.inline_config)
+            _prepare(settings, rules)
     except ConfigError as error:
         print(f"checkpoint-operator: {error}", file=sys.stderr)
         return 2
     _configure_logging(settings)
-    _log.info("serving %d claims inline", len(inline.claims))
+    if isinstance(rules, InlineConfig):
+        _log.info("serving %d claims inline", len(rules.claims))
+    else:
+        _log.info("movers run as Jobs, with the image %s", rules.image)
     try:
         with suppress(KeyboardInterrupt):
-            asyncio.run(run(settings, inline))
+            asyncio.run(run(settings, rules))
     except NotFound:
         print("checkpoint-operator: the cluster does not know CheckpointArtifacts: kubectl apply -f crds/", file=sys.stderr)
         return 1

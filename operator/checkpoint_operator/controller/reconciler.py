@@ -7,7 +7,7 @@ was decided upon. So a stale cache or a second operator costs a conflict and ano
 import asyncio
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
@@ -16,16 +16,23 @@ from pydantic import ValidationError
 from checkpoint_operator.api import names
 from checkpoint_operator.api.artifact import CheckpointArtifact, parse_artifact
 from checkpoint_operator.api.base import JsonObject
+from checkpoint_operator.api.conditions import ConditionType, find_condition
 from checkpoint_operator.api.protocol import Layout
 from checkpoint_operator.api.status import Phase
-from checkpoint_operator.controller.executor import EarlierMover, Executor, FinishedMover, NoMover, RunningMover
+from checkpoint_operator.controller.executor import (
+    EarlierMover,
+    Executor,
+    NoMover,
+)
 from checkpoint_operator.controller.kube import Conflict, Kube, KubeError, NotFound
 from checkpoint_operator.controller.plan import (
     LOOK_AGAIN,
     AddFinalizer,
+    Decision,
     Event,
     Observed,
     Policy,
+    Prepare,
     Record,
     RemoveFinalizer,
     Start,
@@ -35,7 +42,7 @@ from checkpoint_operator.controller.plan import (
     retry_asked,
 )
 from checkpoint_operator.controller.queue import WorkQueue
-from checkpoint_operator.controller.scheduling import Demand, Key, Limits, admit, blocked
+from checkpoint_operator.controller.scheduling import Demand, Key, Limits, Places, bucket_of
 
 MAX_STEPS = 10
 """Decisions for one key in a row before others get their turn."""
@@ -132,11 +139,9 @@ class Reconciler:
         self._queue = queue
         self._executor = executor
         self._policy = policy
-        self._limits = limits
+        self._places = Places(limits)
         self._now = now
         self.cache = ArtifactCache()
-        self._running: dict[Key, Demand] = {}
-        self._waiting: dict[Key, Demand] = {}
 
     def saw(self, kind: str | None, body: JsonObject) -> None:
         """An event of the watch: remember the object, look at its key. What kind of event it was does not matter."""
@@ -148,15 +153,30 @@ class Reconciler:
         self._queue.add(key)
 
     async def fill(self, namespaces: tuple[str, ...]) -> None:
-        """Learn of everybody, before any worker decides about data that somebody else may name."""
+        """Learn of everybody, before any worker decides about data that somebody else may name, or about free places."""
+        await self._executor.resync()
         async for body in self._kube.list_artifacts(namespaces):
+            key = self.cache.put(body)
             if not _is_settled(body):
-                self._queue.add(self.cache.put(body))
-            else:
-                self.cache.put(body)
+                self._queue.add(key)
+                self._take_if_running(body)
+        for key in self._executor.artifacts():
+            self._queue.add(key)
+
+    def _take_if_running(self, body: JsonObject) -> None:
+        """A mover that was found running has its place before the first new one asks for one."""
+        try:
+            artifact = parse_artifact(body)
+        except ValidationError:
+            return
+        if not isinstance(self._executor.state(artifact), NoMover | EarlierMover):
+            self._places.take(self._demand(artifact))
 
     async def resync(self, namespaces: tuple[str, ...]) -> None:
         """Find what a broken watch never told: compare the versions of everything, fetch what differs."""
+        await self._executor.resync()
+        for key in self._executor.artifacts():
+            self._queue.add(key)  # whoever has no use for its Job any more deletes it
         seen = {key: version async for key, version in self._kube.list_versions(namespaces)}
         for key in {*seen, *self.cache.keys()}:
             # What is not in the list may have been created while its pages were read.
@@ -203,10 +223,12 @@ class Reconciler:
         """Take steps until there is nothing to do now; seconds until the next look, or None."""
         for _ in range(MAX_STEPS):
             body = self.cache.get(key)
-            if self._executor.stop_others(key, body["metadata"]["uid"] if body else None):
+            if await self._executor.stop_others(key, body["metadata"]["uid"] if body else None):
                 # The mover of an object that is gone keeps its place until it has ended; its end is reported to this key.
                 return LOOK_AGAIN
             if body is None or _is_settled(body):
+                if body is not None:
+                    await self._executor.forget(key, body["metadata"]["uid"])
                 self._release(key)
                 return None
             try:
@@ -222,9 +244,12 @@ class Reconciler:
 
     async def _step(self, artifact: CheckpointArtifact) -> float | None:
         """One decision and its execution; 0: look again at once."""
+        await self._executor.look(artifact)
         now = self._now()
         seen = self._observe(artifact, now)
         decision = plan(seen, self._policy, now)
+        if isinstance(decision, Prepare):
+            decision = await self._prepare(artifact, seen, decision, now)
         if not isinstance(decision, Wait):
             _log.debug("%s/%s: %s", *artifact.key, type(decision).__name__)
         match decision:
@@ -238,47 +263,63 @@ class Reconciler:
                 await self._post(artifact, event, now)
                 finalizers = [name for name in artifact.metadata.finalizers if name != names.FINALIZER]
                 await self._write(artifact, {"metadata": {"finalizers": finalizers}})
-                self._forget(artifact)
+                await self._forget(artifact)
                 self._release(artifact.key)
                 return None
             case Record(status, event, seconds, forget):
                 await self._write_status(artifact, status.to_wire())
-                if forget:
-                    self._forget(artifact)
-                    self._release(artifact.key)
                 await self._post(artifact, event, now)
+                if forget:
+                    await self._forget(artifact)
+                    self._release(artifact.key)
                 return seconds
             case Start(status, operation):
-                # The place was found free in this very turn of the event loop: take it before anything else runs.
-                self._running[artifact.key] = self._demand(artifact)
-                self._waiting.pop(artifact.key, None)
-                self._forget(artifact)
+                await self._forget(artifact)
                 await self._write_status(artifact, status.to_wire())
                 assert status.mover is not None
-                await self._executor.start(status.mover.name, artifact, operation, now)
-                return None
+                notice = await self._executor.start(status.mover.name, artifact, operation, now)
+                if notice:
+                    await self._post(artifact, Event(notice.reason, notice.message, warning=True), now)
+                return LOOK_AGAIN
             case Stop(reason):
                 assert artifact.status.mover is not None
-                self._executor.stop(artifact.status.mover.name, reason)
-                return None
+                await self._executor.stop(artifact.status.mover.name, artifact, reason)
+                return LOOK_AGAIN
+            case Prepare():
+                raise AssertionError("what was prepared is decided")
+
+    async def _prepare(self, artifact: CheckpointArtifact, seen: Observed, wanted: Prepare, now: datetime) -> Decision:
+        """Ask whether a mover could start, and decide with the answer."""
+        # The place was found free in this very turn of the event loop: take it before anything else runs.
+        self._places.take(self._demand(artifact))
+        decision: Decision | None = None
+        try:
+            preparation = await self._executor.prepare(wanted.name, artifact, wanted.operation)
+            decision = plan(replace(seen, preparation=preparation), self._policy, now)
+        finally:
+            if not isinstance(decision, Start):
+                self._release(artifact.key)
+        return decision
 
     def _observe(self, artifact: CheckpointArtifact, now: datetime) -> Observed:
         """Gather what a decision depends on; reads caches only, so that nothing changes between look and decision."""
         key, status = artifact.key, artifact.status
-        mover = self._executor.state(status.mover.name if status.mover else None, artifact.metadata.uid)
+        mover = self._executor.state(artifact)
         demand = self._demand(artifact)
+        why = None
         # A finished mover keeps its place until what it said is written: else the next one decides on the status of before.
         if isinstance(mover, NoMover | EarlierMover):
-            self._release(key)
-        why = blocked(demand, self._running.values(), self._waiting.values(), self._limits)
-        waits = status.phase == Phase.WAITING and status.next_retry_time is not None and status.next_retry_time > now
-        wants_place = (
-            not waits and not _is_settled(self.cache.get(key) or {}) and not isinstance(mover, RunningMover | FinishedMover)
-        )
-        if why and wants_place and not artifact.spec.suspend:
-            self._waiting[key] = demand
-        else:
-            self._waiting.pop(key, None)
+            if self._places.runs(key):
+                self._release(key)
+            waits = status.phase == Phase.WAITING and status.next_retry_time is not None and status.next_retry_time > now
+            if not (waits or artifact.spec.suspend or _is_settled(self.cache.get(key) or {})):
+                self._places.wait(demand)
+                ready = find_condition(status.conditions, ConditionType.READY)
+                why = self._places.explain(demand, now, ready.message if ready else None)
+            else:
+                self._places.leave(key)
+        elif not self._places.runs(key):
+            self._places.take(demand)  # it was found running after a restart
         return Observed(
             artifact=artifact,
             mover=mover,
@@ -303,18 +344,18 @@ class Reconciler:
         return None
 
     def _demand(self, artifact: CheckpointArtifact) -> Demand:
-        return Demand(artifact.key, self._executor.place(artifact), artifact.metadata.creation_timestamp)
+        place = self._executor.place(artifact)
+        return Demand(artifact.key, place, artifact.metadata.creation_timestamp, bucket_of(artifact))
 
     def _release(self, key: Key) -> None:
         """Give back a mover's place, and look at those who get it."""
-        self._waiting.pop(key, None)
-        if self._running.pop(key, None) is not None:
-            for demand in admit(self._running.values(), self._waiting.values(), self._limits):
+        if self._places.release(key):
+            for demand in self._places.next():
                 self._queue.add(demand.key)
 
-    def _forget(self, artifact: CheckpointArtifact) -> None:
+    async def _forget(self, artifact: CheckpointArtifact) -> None:
         if artifact.status.mover:
-            self._executor.forget(artifact.status.mover.name)
+            await self._executor.forget(artifact.key, artifact.metadata.uid, artifact.status.mover.name)
 
     async def _write(self, artifact: CheckpointArtifact, patch: JsonObject) -> None:
         self.cache.put(await self._kube.patch(artifact, patch))

@@ -48,7 +48,21 @@ def held_back(artifact: CheckpointArtifact, phase: Phase, reason: str, message: 
     return _base(artifact, phase).replace(conditions=_conditions(artifact, now, *changes))
 
 
-def started(artifact: CheckpointArtifact, mover: MoverStatus, now: datetime) -> ArtifactStatus:
+def stopped(artifact: CheckpointArtifact, reason: str, message: str, now: datetime, *, ran: bool) -> ArtifactStatus:
+    """The operator itself ended the mover, which is no failure. ``ran``: False where it never came to run."""
+    return held_back(artifact, Phase.PENDING, reason, message, now).replace(
+        clean_launches=artifact.status.clean_launches + (0 if ran else 1)
+    )
+
+
+def running(artifact: CheckpointArtifact, now: datetime) -> ArtifactStatus:
+    """The mover runs at last, after it was said that it does not."""
+    return held_back(artifact, Phase.UPLOADING, "Uploading", "the checkpoint is being stored", now)
+
+
+def started(
+    artifact: CheckpointArtifact, mover: MoverStatus, now: datetime, *, retry_handled: str | None = None
+) -> ArtifactStatus:
     """A mover for the upload is about to be started; written before it is, so that no start is ever forgotten."""
     # Still Uploading, and nobody knows the mover: an operator died with it, or was restarted.
     vanished = artifact.status.phase in (Phase.UPLOADING, Phase.VERIFYING)
@@ -56,6 +70,7 @@ def started(artifact: CheckpointArtifact, mover: MoverStatus, now: datetime) -> 
         launches=artifact.status.launches + 1,
         lost=artifact.status.lost + 1 if vanished else 0,
         mover=mover,
+        retry_handled=retry_handled,
         start_time=artifact.status.start_time or now,
         completion_time=None,
         next_retry_time=None,
@@ -219,11 +234,15 @@ def deleting(
     *,
     failure: Failure | None = None,
     retry_at: datetime | None = None,
+    reason: str = "Deleting",
+    ran: bool = True,
 ) -> ArtifactStatus:
-    """The object is being deleted and its data is dealt with. ``failure``: the last try did not work."""
+    """The object is being deleted and its data is dealt with. ``failure``: the last try did not work; ``reason``: why
+    nothing is being done about it now; ``ran``: False where the upload that ended for it never came to run."""
     first = artifact.status.phase != Phase.DELETING
-    reason = failure.reason if failure else "Deleting"
+    reason = failure.reason if failure else reason
     return _base(artifact, Phase.DELETING).replace(
+        clean_launches=artifact.status.clean_launches + (0 if ran else 1),
         retries=0 if first else artifact.status.retries + (1 if failure else 0),
         next_retry_time=retry_at,
         failure=_failure(failure, retryable=True) if failure else None,
@@ -231,10 +250,15 @@ def deleting(
     )
 
 
-def deletion_started(artifact: CheckpointArtifact, mover: MoverStatus, now: datetime) -> ArtifactStatus:
+def deletion_started(
+    artifact: CheckpointArtifact, mover: MoverStatus, now: datetime, *, retry_handled: str | None = None
+) -> ArtifactStatus:
     """A mover for the deletion is about to be started."""
     return deleting(artifact, "the data is being removed", now).replace(
-        launches=artifact.status.launches + 1, mover=mover, retries=artifact.status.retries
+        launches=artifact.status.launches + 1,
+        mover=mover,
+        retries=artifact.status.retries,
+        retry_handled=retry_handled,
     )
 
 
