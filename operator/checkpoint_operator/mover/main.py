@@ -124,6 +124,7 @@ class Mover:
             cancelled=self.cancelled,
             keep_parts=True,
             on_write=self._note_write,
+            max_bytes_per_second=plan.options.max_bytes_per_second,
         )
 
     def _note_write(self) -> None:

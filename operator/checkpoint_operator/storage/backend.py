@@ -25,7 +25,8 @@ from checkpoint_operator.api.protocol import Layout, Progress, Stored
 from checkpoint_operator.api.uris import TargetURI
 from checkpoint_operator.storage.errors import StorageError
 from checkpoint_operator.storage.marker import Manifest
-from checkpoint_operator.storage.source import Selection
+from checkpoint_operator.storage.pace import Pace
+from checkpoint_operator.storage.source import Selection, SourceTree
 
 OnProgress = Callable[[Progress], None]
 """Told how far a transfer is: at the start and the end of each stage, and at most once a second between. Any thread."""
@@ -59,6 +60,13 @@ class UploadRequest:
     keep_parts: bool = False
     on_write: Callable[[], None] = lambda: None
     """Called before anything is written to the store: what fails earlier leaves nothing to clean up."""
+    max_bytes_per_second: int | None = None
+    """How fast the source is read at most, over all threads; None: as fast as it goes."""
+
+    def source_tree(self) -> SourceTree:
+        """The source, not opened yet."""
+        pace = Pace(self.max_bytes_per_second, self.cancelled)
+        return SourceTree(self.root, self.path, self.selection, self.cancelled, pace)
 
     def __post_init__(self) -> None:
         if self.uid is not None and not _UID.fullmatch(self.uid):

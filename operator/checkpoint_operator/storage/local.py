@@ -85,7 +85,7 @@ class LocalStorageBackend:
             # The marker is read before the source: what is committed may have been rotated away there.
             if request.uid and (done := self._committed_before(request.uri, request.uid, request.layout)):
                 return done
-            tree = stack.enter_context(SourceTree(request.root, request.path, request.selection, request.cancelled))
+            tree = stack.enter_context(request.source_tree())
             listing = tree.scan()
             uid = request.uid or derive_uid(request.uri, listing.fingerprint)
             place = request.uri

@@ -94,6 +94,7 @@ class StorageManager:
                     force=force,
                     progress=progress,
                     cancelled=cancelled,
+                    max_bytes_per_second=self._options.max_bytes_per_second,
                 )
             )
         return place.written(stored.storage_uri)

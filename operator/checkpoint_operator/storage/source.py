@@ -23,6 +23,7 @@ from checkpoint_operator.storage.errors import Cancelled, StorageError
 from checkpoint_operator.storage.folders import DIRECTORY, open_below, open_directory
 from checkpoint_operator.storage.manifest import Link, digest_lines, link_problem
 from checkpoint_operator.storage.marker import DELETING_NAME
+from checkpoint_operator.storage.pace import Pace
 
 MAX_DEPTH = 64
 """Folders below each other; no framework comes near, and a volume could hold a chain that outlives our stack."""
@@ -104,6 +105,7 @@ class SourceTree:
     path: str
     selection: Selection = field(default_factory=Selection)
     cancelled: threading.Event = field(default_factory=threading.Event)
+    pace: Pace = field(default_factory=Pace)
     _descriptor: int = -1
     _looked: int = 0
     _single: str | None = None
@@ -301,7 +303,7 @@ class SourceTree:
             raise StorageError(
                 Reason.SOURCE_CHANGED, f"'{file.path}' was replaced or removed: {error.strerror}", path=file.path
             ) from error
-        opened = OpenFile(file, descriptor)
+        opened = OpenFile(file, descriptor, self.pace)
         try:
             opened.check_unchanged()
         except BaseException:
@@ -355,6 +357,7 @@ class OpenFile:
 
     file: SourceFile
     descriptor: int
+    pace: Pace = field(default_factory=Pace)
 
     def read(self, offset: int, length: int) -> bytearray:
         """Exactly ``length`` bytes at ``offset``. Raises as :meth:`read_into` does."""
@@ -363,11 +366,13 @@ class OpenFile:
         return body
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
-        """Fill a buffer with the bytes at ``offset``.
+        """Fill a buffer with the bytes at ``offset``, at the pace of the upload.
 
         Raises:
+            Cancelled: while it waited for its turn.
             StorageError: SourceChanged when the file has become shorter, SourceUnreadable on an I/O error.
         """
+        self.pace.spend(len(buffer))
         got = 0
         while got < len(buffer):
             try:

@@ -118,6 +118,8 @@ def _copy(source: OpenFile, target: int, cancelled: threading.Event, meter: Mete
         if cancelled.is_set():
             raise Cancelled
         piece = buffer[:length]
+        if in_kernel and is_data:
+            source.pace.spend(length)  # else it is read, and reading keeps the pace
         in_kernel = in_kernel and (not is_data or _copy_in_kernel(source.descriptor, target, start, length))
         if in_kernel and is_data:
             _read_back(target, piece, start, source.file.path)
