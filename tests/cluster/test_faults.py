@@ -182,7 +182,9 @@ def test_artifacts_beyond_the_cap_are_queued_with_the_reason(
     operator.wait("first", "Uploading")
     operator.create("second")
     status = operator.wait("second", "Queued")
-    assert [c["message"] for c in status["conditions"] if c["type"] == "Ready"] == ["1 movers are running (max_movers)"]
+    assert [c["message"] for c in status["conditions"] if c["type"] == "Ready"] == [
+        "position 1 of 1 in the queue; 1 mover is running (maxMovers 1)"
+    ]
     proxy.mend()
     operator.wait("second", "Ready")
     operator.wait("first", "Ready")

@@ -139,6 +139,9 @@ class Settings(BaseSettings):
     max_movers_per_namespace: Annotated[
         int, Field(ge=1, le=1000, description="Movers running at once in one namespace.")
     ] = 4
+    max_movers_per_bucket: Annotated[
+        int, Field(ge=1, le=1000, description="Movers running at once that write to one bucket, container or claim.")
+    ] = 1000
     max_attempts: Annotated[
         int, Field(ge=1, le=100, description="After so many failures that may pass by themselves an artifact is Failed.")
     ] = 5

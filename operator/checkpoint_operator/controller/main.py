@@ -82,7 +82,7 @@ async def run(settings: Settings, rules: Rules) -> None:
                 progress_every=settings.progress_seconds,
                 no_progress=settings.no_progress_seconds,
             ),
-            Limits(settings.max_movers, settings.max_movers_per_namespace, settings.max_movers),
+            Limits(settings.max_movers, settings.max_movers_per_namespace, settings.max_movers_per_bucket),
             _utc_now,
         )
         registry = kopf.OperatorRegistry()

@@ -65,7 +65,8 @@ class Policy:
 class Observed:
     """Everything that a decision depends on.
 
-    ``blocked``: why no mover may start now (caps, same target). ``refusal``: why the configuration does not allow this
+    ``blocked``: why no mover may start now (caps, same target); ``look_again``: seconds after which to ask anew, although
+    whoever gets a place is woken. ``refusal``: why the configuration does not allow this
     artifact. ``also_stored_by``: another Ready artifact that names the same stored data. ``preparation``: what came of the
     :class:`Prepare` that was decided on this very state; None before.
     """
@@ -76,6 +77,7 @@ class Observed:
     blocked: str | None = None
     refusal: Failure | None = None
     also_stored_by: str | None = None
+    look_again: float = LOOK_AGAIN
     preparation: Preparation | None = None
 
 
@@ -369,7 +371,7 @@ def _plan_start(seen: Observed, mover: NoMover, policy: Policy, now: datetime) -
         status = say.failed(artifact, failure, now, counts=False, ran=False)
         return Record(status, Event(failure.reason, failure.message, warning=True))
     if seen.blocked:
-        return _hold_back(seen, Phase.QUEUED, "Queued", seen.blocked, LOOK_AGAIN, now)
+        return _hold_back(seen, Phase.QUEUED, "Queued", seen.blocked, seen.look_again, now)
     following = _next_mover(seen, Operation.UPLOAD)
     match seen.preparation:
         case None:
@@ -460,7 +462,7 @@ def _plan_deletion(seen: Observed, policy: Policy, now: datetime) -> Decision:
     if retry_at and retry_at > now and not asked:
         return Wait((retry_at - now).total_seconds())
     if seen.blocked:
-        return _say_deleting(seen, seen.blocked, LOOK_AGAIN, now)
+        return _say_deleting(seen, seen.blocked, seen.look_again, now)
     following = _next_mover(seen, Operation.DELETE)
     match seen.preparation:
         case None:

@@ -18,7 +18,7 @@ from checkpoint_operator.api.artifact import CheckpointArtifact, parse_artifact
 from checkpoint_operator.api.base import JsonObject
 from checkpoint_operator.api.conditions import ConditionType, find_condition
 from checkpoint_operator.api.protocol import Layout
-from checkpoint_operator.api.status import Phase
+from checkpoint_operator.api.status import ArtifactStatus, Phase
 from checkpoint_operator.controller.executor import (
     EarlierMover,
     Executor,
@@ -252,6 +252,8 @@ class Reconciler:
             decision = await self._prepare(artifact, seen, decision, now)
         if not isinstance(decision, Wait):
             _log.debug("%s/%s: %s", *artifact.key, type(decision).__name__)
+        if not isinstance(decision, Start) and not _waits_in_line(seen, decision) and self._places.leave(artifact.key):
+            self._wake()
         match decision:
             case Wait(seconds):
                 return seconds
@@ -311,13 +313,9 @@ class Reconciler:
         if isinstance(mover, NoMover | EarlierMover):
             if self._places.runs(key):
                 self._release(key)
-            waits = status.phase == Phase.WAITING and status.next_retry_time is not None and status.next_retry_time > now
-            if not (waits or artifact.spec.suspend or _is_settled(self.cache.get(key) or {})):
-                self._places.wait(demand)
-                ready = find_condition(status.conditions, ConditionType.READY)
-                why = self._places.explain(demand, now, ready.message if ready else None)
-            else:
-                self._places.leave(key)
+            # For this look: whoever is not told to wait, or wants no mover now, leaves the line as soon as that is decided.
+            self._places.wait(demand)
+            why = self._places.explain(demand, now, _told(status))
         elif not self._places.runs(key):
             self._places.take(demand)  # it was found running after a restart
         return Observed(
@@ -325,6 +323,7 @@ class Reconciler:
             mover=mover,
             kind=self._executor.kind,
             blocked=why,
+            look_again=self._places.look_again(),
             refusal=self._executor.refuse(artifact),
             also_stored_by=self._also_stored_by(artifact),
         )
@@ -350,8 +349,17 @@ class Reconciler:
     def _release(self, key: Key) -> None:
         """Give back a mover's place, and look at those who get it."""
         if self._places.release(key):
-            for demand in self._places.next():
-                self._queue.add(demand.key)
+            self._wake()
+
+    def _wake(self) -> None:
+        """Look at those who may start now, and at nobody else: a thousand may be waiting."""
+        for demand in self._places.next():
+            self._queue.add(demand.key)
+
+    def set_limits(self, limits: Limits) -> None:
+        """More movers start at once where more may; none is stopped where fewer may."""
+        self._places.limits = limits
+        self._wake()
 
     async def _forget(self, artifact: CheckpointArtifact) -> None:
         if artifact.status.mover:
@@ -376,6 +384,19 @@ class Reconciler:
             await self._kube.post_event(artifact, event.reason, event.message, now, warning=event.warning)
         except KubeError as error:
             _log.warning("%s/%s: the event %s was not posted: %s", *artifact.key, event.reason, error)
+
+
+def _told(status: ArtifactStatus) -> str | None:
+    """What stands in the Ready condition."""
+    ready = find_condition(status.conditions, ConditionType.READY)
+    return ready.message if ready else None
+
+
+def _waits_in_line(seen: Observed, decision: Decision) -> bool:
+    """Whether an artifact was told to wait for others, and not for something else."""
+    return seen.blocked is not None and seen.blocked == _told(
+        decision.status if isinstance(decision, Record) else seen.artifact.status
+    )
 
 
 def _is_settled(body: JsonObject) -> bool:
