@@ -58,18 +58,34 @@ def _check_target(artifact: CheckpointArtifact, rules: JobRules) -> Failure | No
 
 def _check_endpoint(artifact: CheckpointArtifact, rules: JobRules) -> Failure | None:
     """Before any key could be sent there: a SAS token or a bearer token is worth the same to whoever receives it."""
-    endpoint = artifact.spec.target.endpoint
+    target = artifact.spec.target
+    endpoint = target.endpoint
     if endpoint is None:
-        return None  # the cloud's own
+        return _check_account(target.azure.account if target.azure else None, rules)
     address = addresses.parse(endpoint)
     if address is None:
-        return _not_an_endpoint("is no plain address: write it like https://minio.example:9000")
+        return _not_an_endpoint("it is no plain address: write it like https://minio.example:9000")
     if addresses.is_listed(address, rules.allowed_endpoints):
         return None
     if problem := addresses.why_internal(address.host):
-        return _not_an_endpoint(f"'{endpoint}' is {problem}: such an endpoint must be listed by its full name")
+        return _not_an_endpoint(f"'{endpoint}' is {problem}: the admin has to list it by its full name, or not at all")
     allowed = ", ".join(rules.allowed_endpoints) or "none but the clouds' own (leave the field out)"
     return _not_an_endpoint(f"'{endpoint}' is not in the admin's list (allowedEndpoints): {allowed}")
+
+
+def _check_account(account: str | None, rules: JobRules) -> Failure | None:
+    """A bucket's name goes into a path of the cloud's own address; a storage account *is* an address, of anybody's."""
+    if account is None:
+        return None
+    endpoint = f"https://{account}.blob.core.windows.net"
+    address = addresses.parse(endpoint)
+    if address is not None and addresses.is_listed(address, rules.allowed_endpoints):
+        return None
+    return Failure(
+        reason=Reason.ENDPOINT_NOT_ALLOWED,
+        message=f"spec.target.azure.account: '{account}' is not in the admin's list: name the account in the Secret "
+        f"instead (AZURE_STORAGE_ACCOUNT), or ask the admin to list {endpoint} (allowedEndpoints)",
+    )
 
 
 def _not_an_endpoint(what: str) -> Failure:
