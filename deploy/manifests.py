@@ -53,17 +53,25 @@ def helm() -> Path:
     return ensure_helm(lambda line: print(line, flush=True))
 
 
-def render(*arguments: str, values: Manifest | None = None, namespace: str = NAMESPACE) -> list[Manifest]:
+def render(
+    *arguments: str, values: Manifest | None = None, release: str = RELEASE, namespace: str = NAMESPACE
+) -> list[Manifest]:
     """Every object of the chart with these values, hooks included.
 
     Raises:
         ChartError: Helm refuses.
     """
-    command: Sequence[str] = [str(helm()), "template", RELEASE, str(CHART), "--namespace", namespace, *arguments, "-f", "-"]
-    done = subprocess.run(command, input=yaml.safe_dump(values or {}), capture_output=True, text=True, check=False)
+    text = _template((release, str(CHART), "--namespace", namespace, *arguments), yaml.safe_dump(values or {}))
+    return [document for document in yaml.safe_load_all(text) if document]
+
+
+@functools.cache
+def _template(arguments: tuple[str, ...], values: str) -> str:
+    command = [str(helm()), "template", *arguments, "--values", "-"]
+    done = subprocess.run(command, input=values, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise ChartError(done.stderr.strip())
-    return [document for document in yaml.safe_load_all(done.stdout) if document]
+    return done.stdout
 
 
 def is_hook(manifest: Manifest) -> bool:
