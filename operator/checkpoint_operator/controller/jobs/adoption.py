@@ -83,7 +83,7 @@ def _same(live: Any, want: Any, key: str = "") -> bool:
         if key in ("requests", "limits"):
             return live.keys() == want.keys() and all(_same_amount(live[name], want[name]) for name in want)
         return all(_same(live.get(name), value, name) for name, value in want.items() if value is not None) and all(
-            not value for name, value in live.items() if name not in want
+            _is_empty(value) for name, value in live.items() if name not in want
         )
     if isinstance(want, list):
         return (
@@ -94,6 +94,11 @@ def _same(live: Any, want: Any, key: str = "") -> bool:
     if key == "sizeLimit":
         return _same_amount(live, want)
     return type(live) is type(want) and bool(live == want)
+
+
+def _is_empty(value: Any) -> bool:
+    """What an API server may leave out. A zero says something (a time to live)."""
+    return value is None or value is False or value in ("", [], {})
 
 
 def _same_amount(live: Any, want: str) -> bool:
