@@ -10,13 +10,14 @@ import time
 
 
 class FaultProxy:
-    """Forwards TCP on loopback. ``bytes_per_second`` limits what clients send (None: no limit); ``cut`` drops everything."""
+    """Forwards TCP to loopback, from an address of this machine. ``bytes_per_second`` limits what clients send (None: no
+    limit); ``cut`` drops everything."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, host: str = "127.0.0.1") -> None:
         self._upstream = ("127.0.0.1", port)
-        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._listener = socket.create_server((host, 0))
         self.port: int = self._listener.getsockname()[1]
-        self.endpoint = f"http://127.0.0.1:{self.port}"
+        self.endpoint = f"http://{host}:{self.port}"
         self.bytes_per_second: int | None = None
         self.forwarded = 0
         self._is_cut = False
