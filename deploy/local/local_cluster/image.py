@@ -261,5 +261,10 @@ def _remove(path: Path) -> None:
 
 
 def _size(folder: Path) -> int:
-    shown = subprocess.run(["du", "--summarize", "--block-size=1", str(folder)], capture_output=True, text=True, check=False)
+    shown = subprocess.run(
+        ["du", "--summarize", "--one-file-system", "--block-size=1", str(folder)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     return int(shown.stdout.split()[0]) if shown.returncode == 0 else 0
