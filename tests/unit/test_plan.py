@@ -31,6 +31,7 @@ from checkpoint_operator.controller.plan import (
     Policy,
     Prepare,
     Record,
+    ReleaseDependents,
     RemoveFinalizer,
     Start,
     Stop,
@@ -97,12 +98,44 @@ def launched(phase: str = "Uploading", operation: str = "Upload", **more: Any) -
     return {"phase": phase, "launches": 1, "mover": mover, "startTime": wire(ago(60)), **more}
 
 
+def foreground(deleted: CheckpointArtifact) -> CheckpointArtifact:
+    """As ``kubectl delete --cascade=foreground`` leaves it."""
+    finalizers = [*deleted.metadata.finalizers, "foregroundDeletion"]
+    return deleted.replace(metadata=deleted.metadata.replace(finalizers=finalizers))
+
+
 def ended(reason: Reason, message: str = "why", *, wrote: bool = True) -> FinishedMover:
     return FinishedMover(1, Result(failure=Failure(reason=reason, message=message, wrote=wrote)))
 
 
 def running(progress: Progress | None = None, moved: float = 1, stopping: StopReason | None = None) -> RunningMover:
     return RunningMover(progress, ago(moved), stopping)
+
+
+def pending(reason: Reason | None = None, age: float = 0, *, pinned: bool = False, patient: bool = False) -> PendingMover:
+    return PendingMover(ago(age), reason, "no node takes it", pinned, patient)
+
+
+def with_condition(status: dict[str, Any], reason: str, message: str, since: float = 60) -> dict[str, Any]:
+    """A status that says so in its condition Ready."""
+    condition = {
+        "type": "Ready",
+        "status": "False",
+        "reason": reason,
+        "message": message,
+        "observedGeneration": 1,
+        "lastTransitionTime": wire(ago(since)),
+    }
+    return {"summary": {}, **status, "conditions": [condition]}
+
+
+def job(phase: str = "Uploading", operation: str = "Upload", *, done: bool | None = None, **more: Any) -> dict[str, Any]:
+    mover = {"kind": "Job", "name": f"ckpt-{UID}-1", "operation": operation, **({"done": done} if done is not None else {})}
+    return {**launched(phase, operation, **more), "mover": mover}
+
+
+def seen_from_outside(reason: Reason) -> FinishedMover:
+    return FinishedMover(137, None, failure=Failure(reason=reason, message="as seen"))
 
 
 DONE = FinishedMover(0, Result(stored=STORED))
@@ -205,6 +238,159 @@ CASES: dict[str, Case] = {
     ),
     "a mover of an earlier operator is waited for": Case(
         artifact(launched()), Record, mover=EarlierMover(), facts={"status.phase": "Waiting", "seconds": 2}
+    ),
+    # Before a start: may it start, and where.
+    "before a start is written it is found out whether a mover could start": Case(
+        artifact(),
+        Prepare,
+        preparation=None,
+        facts={"name": f"ckpt-{UID}-1", "operation": Operation.UPLOAD},
+    ),
+    "nothing is asked for an artifact that has to wait for its place": Case(
+        artifact(), Record, preparation=None, blocked="8 movers are running", facts={"status.phase": "Queued"}
+    ),
+    "a claim that is not there is waited for, and nothing is counted": Case(
+        artifact(),
+        Record,
+        preparation=Held("ClaimNotFound", "there is no claim 'v'"),
+        facts={"status.phase": "Waiting", "status.launches": 0, "status.attempts": 0, "seconds": 5, "event": None},
+    ),
+    "who has waited for a claim for long is asked for less often": Case(
+        artifact(with_condition({"phase": "Waiting"}, "ClaimNotFound", "there is no claim 'v'", since=300)),
+        Wait,
+        preparation=Held("ClaimNotFound", "there is no claim 'v'"),
+        facts={"seconds": 30},
+    ),
+    "what the namespace does not allow fails at once": Case(
+        artifact(),
+        Record,
+        preparation=Failure(reason=Reason.SERVICE_ACCOUNT_NOT_ALLOWED, message="no"),
+        facts={"status.phase": "Failed", "status.attempts": 0, "status.launches": 0, "event.warning": True},
+    ),
+    # A Job was made, and nothing runs yet.
+    "a pod that takes a moment is not spoken of": Case(artifact(job()), Wait, mover=pending(age=5), facts={"seconds": 55}),
+    "a pod that no node takes is given a moment": Case(
+        artifact(job()), Wait, mover=pending(Reason.UNSCHEDULABLE, 4), facts={"seconds": 6}
+    ),
+    "a pod that no node takes is Waiting, with the scheduler's words": Case(
+        artifact(job()),
+        Record,
+        mover=pending(Reason.UNSCHEDULABLE, 10),
+        facts={"status.phase": "Waiting", "status.next_retry_time": None, "seconds": LOOK_AGAIN, "forget": False},
+    ),
+    "a pod that no node takes is spoken of once": Case(
+        artifact(with_condition(job("Waiting"), "Unschedulable", "no node takes it")),
+        Wait,
+        mover=pending(Reason.UNSCHEDULABLE, 50),
+    ),
+    "a pod that does not start for no known reason is spoken of after a minute": Case(
+        artifact(job()), Record, mover=pending(age=61), facts={"status.phase": "Waiting"}
+    ),
+    "a mover that is bound to one node and finds no room there is planned anew after a minute": Case(
+        artifact(job()),
+        Stop,
+        mover=pending(Reason.UNSCHEDULABLE, 60, pinned=True),
+        facts={"reason": StopReason.REPLANNED},
+    ),
+    "a mover that may run anywhere is made anew after ten minutes": Case(
+        artifact(job()), Stop, mover=pending(Reason.IMAGE_PULL_FAILED, 600), facts={"reason": StopReason.REPLANNED}
+    ),
+    "a mover that waits in somebody's queue keeps its place there": Case(
+        artifact(job()), Record, mover=pending(Reason.MOVER_NOT_STARTED, 6000, patient=True)
+    ),
+    "a mover that could not start is made anew when its artifact has changed": Case(
+        artifact(job(), generation=2), Stop, mover=pending(), facts={"reason": StopReason.REPLANNED}
+    ),
+    "a mover that could not start is made anew when somebody asks": Case(
+        artifact(job(), annotations={names.ANNOTATION_RETRY: "now"}), Stop, mover=pending()
+    ),
+    "a mover that could not start is stopped when its artifact is suspended": Case(
+        artifact(job(), {"suspend": True}), Stop, mover=pending(), facts={"reason": StopReason.SUSPENDED}
+    ),
+    "a mover that was planned anew counts no attempt, and is known to have written nothing": Case(
+        artifact(job()),
+        Record,
+        mover=FinishedMover(143, None, StopReason.REPLANNED, ran=False),
+        facts={"status.phase": "Pending", "status.attempts": 0, "status.clean_launches": 1, "seconds": 0, "forget": True},
+    ),
+    "a mover that runs after trouble is Uploading again": Case(
+        artifact(job("Waiting")), Record, mover=running(), facts={"status.phase": "Uploading", "seconds": 0}
+    ),
+    "a mover whose progress cannot be seen is not accused of standing still": Case(
+        artifact(job()), Wait, mover=RunningMover(None, None)
+    ),
+    # A Job has ended, or is gone.
+    "what was recorded of a mover is marked, so that the next operator does not count it again": Case(
+        artifact(job()),
+        Record,
+        kind="Job",
+        mover=FinishedMover(1, None, failure=Failure(reason=Reason.OUT_OF_MEMORY, message="m"), uid="job-uid"),
+        facts={"status.mover.done": True, "status.mover.uid": "job-uid"},
+    ),
+    "a mover that ran out of memory says so, and counts": Case(
+        artifact(job()),
+        Record,
+        mover=seen_from_outside(Reason.OUT_OF_MEMORY),
+        facts={"status.phase": "Waiting", "status.failure.reason": "OutOfMemory", "status.attempts": 1},
+    ),
+    "a mover whose node was drained is tried again for ever, and counts no attempt": Case(
+        artifact(job(attempts=2, retries=100)),
+        Record,
+        mover=seen_from_outside(Reason.MOVER_DISRUPTED),
+        facts={"status.phase": "Waiting", "status.attempts": 2},
+    ),
+    "a Job that is gone without a word is made again, later, and counts": Case(
+        artifact(job()),
+        Record,
+        kind="Job",
+        facts={
+            "status.phase": "Waiting",
+            "status.failure.reason": "PodLost",
+            "status.attempts": 1,
+            "status.mover.done": True,
+        },
+    ),
+    "a Job that is gone after its end was recorded is nothing new": Case(
+        artifact(job("Waiting", done=True, nextRetryTime=wire(NOW))), Start, kind="Job", facts={"status.launches": 2}
+    ),
+    "an upload starts beside a mover that cannot be seen, since it joins": Case(
+        artifact(job("Waiting", done=True)), Start, kind="Job", mover=NoMover(unseen="pod p on node 'n'")
+    ),
+    "an upload that has to swap the claim waits until the mover that cannot be seen is gone": Case(
+        artifact(
+            job(
+                "Waiting",
+                done=True,
+                failure={"code": "x", "reason": "EarlierMoverNotGone", "message": "x", "retryable": True},
+            )
+        ),
+        Record,
+        kind="Job",
+        mover=NoMover(unseen="pod p on node 'n', which does not answer"),
+        facts={"status.phase": "Waiting", "status.launches": 1, "seconds": LOOK_AGAIN},
+    ),
+    # A human does not want to wait for the backoff.
+    "a try that is asked for does not wait for the backoff, and the request is noted": Case(
+        artifact(
+            launched("Waiting", nextRetryTime=wire(NOW + timedelta(hours=1))), annotations={names.ANNOTATION_RETRY: "now"}
+        ),
+        Start,
+        facts={"status.retry_handled": "now", "status.launches": 2},
+    ),
+    "the same request does not skip the backoff twice": Case(
+        artifact(
+            launched("Waiting", nextRetryTime=wire(NOW + timedelta(seconds=9)), retryHandled="now"),
+            annotations={names.ANNOTATION_RETRY: "now"},
+        ),
+        Wait,
+        facts={"seconds": 9},
+    ),
+    "a request that was heard stays noted at the next start": Case(
+        artifact(
+            launched("Waiting", nextRetryTime=wire(NOW), retryHandled="now"), annotations={names.ANNOTATION_RETRY: "now"}
+        ),
+        Start,
+        facts={"status.retry_handled": "now"},
     ),
     # A mover is running.
     "progress is written when the last was long enough ago": Case(
@@ -503,6 +689,67 @@ CASES: dict[str, Case] = {
         refusal=NOT_SERVED,
         facts={"status.phase": "Deleting", "status.failure.reason": "ClaimNotServed", "seconds": 60, "event.warning": True},
     ),
+    "a foreground deletion is undone before anything else": Case(
+        foreground(artifact(READY, {"deletionPolicy": "Delete"}, deleted=True)), ReleaseDependents
+    ),
+    "a deletion finds out first whether its mover could start": Case(
+        artifact(READY, {"deletionPolicy": "Delete"}, deleted=True),
+        Prepare,
+        preparation=None,
+        facts={"operation": Operation.DELETE, "name": f"ckpt-{UID}-2"},
+    ),
+    "a deletion whose target claim is not there says so, with the way out": Case(
+        artifact(READY, {"deletionPolicy": "Delete"}, deleted=True),
+        Record,
+        preparation=Held("ClaimNotFound", "there is no claim 'archive'"),
+        facts={"status.phase": "Deleting", "status.launches": 1, "seconds": 5},
+    ),
+    "a deletion that the cluster does not allow says so and is looked at again": Case(
+        artifact(READY, {"deletionPolicy": "Delete"}, deleted=True),
+        Record,
+        preparation=Failure(reason=Reason.SERVICE_ACCOUNT_NOT_ALLOWED, message="no"),
+        facts={"status.phase": "Deleting", "status.failure.reason": "ServiceAccountNotAllowed", "seconds": 60},
+    ),
+    "a deletion waits until a mover that cannot be seen is gone": Case(
+        artifact(job("Waiting", done=True), deleted=True),
+        Record,
+        kind="Job",
+        mover=NoMover(unseen="pod p on node 'n', which does not answer"),
+        facts={"status.phase": "Deleting", "status.launches": 1},
+    ),
+    "an upload that could not start is stopped for the deletion": Case(
+        artifact(job(), deleted=True), Stop, mover=pending(), facts={"reason": StopReason.DELETED}
+    ),
+    "a deletion of what never came to run needs no mover": Case(
+        artifact(job("Deleting", done=True, cleanLaunches=1), deleted=True), RemoveFinalizer, kind="Job"
+    ),
+    "an upload that never came to run is remembered as such when it is deleted": Case(
+        artifact(job(), deleted=True),
+        Record,
+        mover=FinishedMover(143, None, StopReason.DELETED, ran=False),
+        facts={"status.clean_launches": 1, "status.phase": "Deleting"},
+    ),
+    "a deletion whose mover does not start says why": Case(
+        artifact(job("Deleting", "Delete"), deleted=True),
+        Record,
+        mover=pending(Reason.UNSCHEDULABLE, 30),
+        facts={"status.phase": "Deleting", "seconds": LOOK_AGAIN},
+    ),
+    "a deletion that was planned anew is no failure": Case(
+        artifact(job("Deleting", "Delete"), deleted=True),
+        Record,
+        mover=FinishedMover(143, None, StopReason.REPLANNED, ran=False),
+        facts={"status.retries": 0, "status.failure": None, "seconds": 0, "forget": True},
+    ),
+    "a deletion that is asked for again does not wait for its backoff": Case(
+        artifact(
+            job("Deleting", "Delete", done=True, nextRetryTime=wire(NOW + timedelta(hours=1))),
+            deleted=True,
+            annotations={names.ANNOTATION_RETRY: "now"},
+        ),
+        Start,
+        facts={"status.retry_handled": "now"},
+    ),
     "abandoned data lets the object go at once": Case(
         artifact(launched("Deleting"), deleted=True, annotations={names.ANNOTATION_ABANDON_DATA: "true"}),
         RemoveFinalizer,
@@ -518,7 +765,13 @@ CASES: dict[str, Case] = {
 
 def decide(case: Case) -> Decision:
     seen = Observed(
-        case.artifact, case.mover, case.kind, case.blocked, case.refusal, case.also_stored_by, case.preparation
+        case.artifact,
+        case.mover,
+        case.kind,
+        case.blocked,
+        case.refusal,
+        case.also_stored_by,
+        preparation=case.preparation,
     )
     return plan(seen, POLICY, NOW)
 

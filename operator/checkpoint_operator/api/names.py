@@ -9,6 +9,8 @@ SINGULAR = "checkpointartifact"
 SHORT_NAME = "ckpt"
 
 FINALIZER = f"{GROUP}/data"
+FOREGROUND_DELETION = "foregroundDeletion"
+"""The garbage collector's own finalizer (``kubectl delete --cascade=foreground``)."""
 
 # A new value asks for another try of a Failed artifact; the last value that was acted upon is in the status.
 ANNOTATION_RETRY = f"{GROUP}/retry"

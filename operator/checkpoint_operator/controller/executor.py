@@ -41,13 +41,16 @@ class EarlierMover:
 class PendingMover:
     """It was started, and does not run yet. ``reason`` None: it takes its time, nothing is known to be wrong.
 
-    ``pinned``: it may run on one node only, where the claim is in use.
+    ``pinned``: it may run on one node only, where the claim is in use. ``patient``: somebody else decides when it starts
+    (a queue), and another one would only have to wait longer. ``uid``: of the Job, where it is one; so below.
     """
 
     since: datetime
     reason: Reason | None = None
     message: str = ""
     pinned: bool = False
+    patient: bool = False
+    uid: str | None = None
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,7 @@ class RunningMover:
     progress: Progress | None
     moved_at: datetime | None
     stopping: StopReason | None = None
+    uid: str | None = None
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,7 @@ class FinishedMover:
     stopped: StopReason | None = None
     failure: Failure | None = None
     ran: bool = True
+    uid: str | None = None
 
 
 MoverState = NoMover | EarlierMover | PendingMover | RunningMover | FinishedMover

@@ -69,6 +69,7 @@ class Observed:
     whoever gets a place is woken. ``refusal``: why the configuration does not allow this
     artifact. ``also_stored_by``: another Ready artifact that names the same stored data. ``preparation``: what came of the
     :class:`Prepare` that was decided on this very state; None before.
+    ``namespace_terminating``: asked for only where the next step may be to remove data.
     """
 
     artifact: CheckpointArtifact
@@ -78,16 +79,21 @@ class Observed:
     refusal: Failure | None = None
     also_stored_by: str | None = None
     look_again: float = LOOK_AGAIN
+    namespace_terminating: bool = False
     preparation: Preparation | None = None
 
 
 @dataclass(frozen=True)
 class Event:
-    """What is said to whoever runs ``kubectl describe``."""
+    """What is said to whoever runs ``kubectl describe``.
+
+    ``of_namespace``: it is said about the artifact's namespace, where it can be heard after that is gone.
+    """
 
     reason: str
     message: str
     warning: bool = False
+    of_namespace: bool = False
 
 
 @dataclass(frozen=True)
@@ -100,6 +106,12 @@ class Wait:
 @dataclass(frozen=True)
 class AddFinalizer:
     """Before anything is stored, so that nothing stored is ever forgotten."""
+
+
+@dataclass(frozen=True)
+class ReleaseDependents:
+    """Undo a foreground deletion: under it the garbage collector deletes what the artifact owns, and so the very mover that
+    removes its data."""
 
 
 @dataclass(frozen=True)
@@ -142,16 +154,19 @@ class Stop:
     reason: StopReason
 
 
-Decision = Wait | AddFinalizer | RemoveFinalizer | Record | Prepare | Start | Stop
+Decision = Wait | AddFinalizer | ReleaseDependents | RemoveFinalizer | Record | Prepare | Start | Stop
 
 
 def plan(seen: Observed, policy: Policy, now: datetime) -> Decision:
     """Decide the one next step."""
     decision = _decide(seen, policy, now)
-    if isinstance(decision, Record) and decision.forget and decision.status.mover:
-        # Were the operator to die before it forgets the mover, the next one must not take its words for news.
-        done = decision.status.mover.replace(done=True)
-        return replace(decision, status=decision.status.replace(mover=done))
+    if isinstance(decision, Record) and (mover := decision.status.mover) is not None:
+        if not isinstance(seen.mover, NoMover | EarlierMover) and seen.mover.uid:
+            mover = mover.replace(uid=seen.mover.uid)
+        if decision.forget:
+            # Were the operator to die before it forgets the mover, the next one must not take its words for news.
+            mover = mover.replace(done=True)
+        return replace(decision, status=decision.status.replace(mover=mover))
     return decision
 
 
@@ -260,7 +275,7 @@ def _trouble_of(mover: PendingMover, now: datetime) -> Stop | Wait | tuple[Reaso
     age = (now - mover.since).total_seconds()
     if mover.reason is Reason.UNSCHEDULABLE and mover.pinned and age >= PINNED_PATIENCE:
         return Stop(StopReason.REPLANNED)
-    if age >= REPLAN_AFTER:
+    if age >= REPLAN_AFTER and not mover.patient:
         return Stop(StopReason.REPLANNED)
     patience = PENDING_PATIENCE if mover.reason else STARTING_PATIENCE
     if age < patience:
@@ -421,6 +436,8 @@ def _plan_deletion(seen: Observed, policy: Policy, now: datetime) -> Decision:
     artifact = seen.artifact
     if names.FINALIZER not in artifact.metadata.finalizers:
         return Wait(None)
+    if names.FOREGROUND_DELETION in artifact.metadata.finalizers:
+        return ReleaseDependents()
     abandoned = artifact.metadata.annotations.get(names.ANNOTATION_ABANDON_DATA) == "true"
     uploading = artifact.status.mover is None or artifact.status.mover.operation == "Upload"
     match seen.mover:
@@ -452,6 +469,11 @@ def _plan_deletion(seen: Observed, policy: Policy, now: datetime) -> Decision:
         return RemoveFinalizer(Event("DataKept", kept))
     if artifact.status.launches == artifact.status.clean_launches:
         return RemoveFinalizer()
+    if seen.namespace_terminating:
+        # Nobody who deletes a namespace meant the checkpoints in a store; and no mover could be created there any more.
+        where = artifact.status.storage_uri or artifact.spec.target.uri
+        message = f"{artifact.metadata.name}: {where} was left as it is, since a whole namespace is being deleted"
+        return RemoveFinalizer(Event("DataKept", message, warning=True, of_namespace=True))
     if isinstance(seen.mover, NoMover) and seen.mover.unseen:
         message = _with_way_out(_not_gone(seen.mover.unseen))
         return _say_deleting(seen, message, LOOK_AGAIN, now, Reason.EARLIER_MOVER_NOT_GONE)

@@ -22,6 +22,7 @@ from checkpoint_operator.controller.executor import (
     Held,
     MoverState,
     Notice,
+    PendingMover,
     Preparation,
     Prepared,
     StopReason,
@@ -260,7 +261,8 @@ class JobExecutor:
         if job is None or job.gone:
             return
         await self._kube.delete_job(job.namespace, job.name, job.uid, wait_for_pods=True)
-        self._told[key] = replace(self._told.get(key, Told()), stopping=reason)
+        pending = isinstance(self.state(artifact), PendingMover)
+        self._told[key] = replace(self._told.get(key, Told()), stopping=reason, was_pending=pending)
         self._notify(artifact.key)
 
     async def stop_others(self, key: Key, uid: str | None) -> bool:

@@ -5,7 +5,7 @@ The API server's objects are cut down to what a decision reads as soon as they a
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from enum import StrEnum
 
@@ -69,6 +69,7 @@ class JobView:
     complete: bool
     failed: str | None
     pinned: bool
+    suspended: bool = False
     gone: bool = False
 
 
@@ -104,11 +105,15 @@ class PodView:
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """What is known beside the API objects: the log's last line of progress, and our own wish that it stops."""
+    """What is known beside the API objects: the log's last line of progress, and our own wish that it stops.
+
+    ``was_pending``: when it was asked to stop it could not start.
+    """
 
     progress: Progress | None = None
     moved_at: datetime | None = None
     stopping: StopReason | None = None
+    was_pending: bool = False
 
 
 def read_job(body: JsonObject, *, gone: bool = False) -> JobView:
@@ -129,6 +134,7 @@ def read_job(body: JsonObject, *, gone: bool = False) -> JobView:
         complete="Complete" in conditions,
         failed=f"{failed.get('reason', '')}: {failed.get('message', '')}" if failed else None,
         pinned=bool((template.get("affinity") or {}).get("nodeAffinity")),
+        suspended=bool((body.get("spec") or {}).get("suspend")),
         gone=gone,
     )
 
@@ -204,6 +210,20 @@ def observe(
     ``job``: the one that the status names, if its owner is the artifact. ``pods``: all of the artifact's namespace with its
     label. ``nodes``: by pod uid, for those whose node was asked for; the others' are taken to be fine.
     """
+    state = _observe(job, pods, told, operation, target_uri, nodes)
+    if job is None or isinstance(state, NoMover | EarlierMover):
+        return state
+    return replace(state, uid=job.uid)
+
+
+def _observe(
+    job: JobView | None,
+    pods: Sequence[PodView],
+    told: Told,
+    operation: Operation,
+    target_uri: str,
+    nodes: dict[str, Node],
+) -> MoverState:
     own = [pod for pod in pods if job and pod.job_uid == job.uid]
     # Without an owner that is a Job, a pod with our labels is somebody else's, whatever it says.
     others = [pod for pod in pods if pod.job_uid and pod not in own]
@@ -248,7 +268,7 @@ def _nobody(others: Sequence[PodView], nodes: dict[str, Node]) -> MoverState:
 def _without_pod(job: JobView, others: Sequence[PodView], told: Told, nodes: dict[str, Node]) -> MoverState:
     if job.gone:
         if told.stopping:
-            return FinishedMover(STOPPED_EXIT, None, told.stopping)
+            return FinishedMover(STOPPED_EXIT, None, told.stopping, ran=False)
         return _nobody(others, nodes)
     if job.deleting or told.stopping:
         return RunningMover(told.progress, told.moved_at, told.stopping or StopReason.SHUTDOWN)
@@ -262,6 +282,9 @@ def _without_pod(job: JobView, others: Sequence[PodView], told: Told, nodes: dic
         return FinishedMover(
             KILLED_EXIT, None, told.stopping, _lost(f"the pod of Job {job.name} is gone, and so is its result")
         )
+    if job.suspended:
+        message = f"Job {job.name} is suspended: Kueue, or whoever suspended it, has to let it start"
+        return PendingMover(job.created, Reason.MOVER_NOT_STARTED, message, patient=True)
     return PendingMover(
         job.created,
         Reason.POD_REFUSED,
@@ -277,7 +300,9 @@ def _ended(job: JobView, pod: PodView, told: Told, operation: Operation, target_
     if result is not None and (result.failure is None) == (code == 0):
         return FinishedMover(code, result, told.stopping)
     if told.stopping:
-        return FinishedMover(code, None, told.stopping)
+        # A container that never was is reported as one that could not be found any more.
+        never_was = told.was_pending and pod.started is None and pod.ended_reason in ("", "ContainerStatusUnknown")
+        return FinishedMover(code, None, told.stopping, ran=not never_was)
     if pod.ended_reason == "OOMKilled":
         message = f"the mover used more memory than its limit allows (pod {pod.name}, OOMKilled)"
         return FinishedMover(code, None, None, Failure(reason=Reason.OUT_OF_MEMORY, message=message))
