@@ -51,7 +51,7 @@ def build_go_program(folder: Path, package: str, name: str, say: Say, *, module:
     `module` is the module that the package belongs to, by default the package itself without a `/cmd/…` at its end.
     """
     version = pinned_version(folder, module or package.partition("/cmd/")[0])
-    source = GoSource(folder, version, (*_COMMON_FLAGS, "-s -w"), (name,), package)
+    source = GoSource(folder, version, (*_COMMON_FLAGS, "-s -w"), (name,), (package,))
     announcement = f"building {name} {{version}} with {{go}}: a minute or two the first time, kept afterwards"
     return compile_once(source, name, announcement, say) / name
 

@@ -6,6 +6,8 @@ import base64
 import json
 import re
 import secrets
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from .paths import private_file
@@ -28,23 +30,29 @@ def write_signing_key(path: Path) -> Path:
     return private_file(path, f"-----BEGIN EC PRIVATE KEY-----\n{text}-----END EC PRIVATE KEY-----\n")
 
 
-def write_token_file(path: Path, *, admin: str, controller_manager: str) -> Path:
-    return private_file(
-        path,
-        f'{admin},local-admin,local-admin,"system:masters"\n'
-        f"{controller_manager},system:kube-controller-manager,system:kube-controller-manager\n",
-    )
+@dataclass(frozen=True)
+class Account:
+    """Somebody whom the API server knows by a token."""
+
+    user: str
+    group: str = ""
+    token: str = field(default_factory=new_token, repr=False)
 
 
-def write_kubeconfig(path: Path, *, name: str, server: str, ca: Path, user: str, token: str) -> Path:
+def write_token_file(path: Path, accounts: Iterable[Account]) -> Path:
+    lines = [f"{item.token},{item.user},{item.user}" + (f',"{item.group}"' if item.group else "") for item in accounts]
+    return private_file(path, "\n".join(lines) + "\n")
+
+
+def write_kubeconfig(path: Path, *, name: str, server: str, ca: Path, account: Account) -> Path:
     """JSON is YAML, and needs no YAML library."""
     cluster = {"server": server, "certificate-authority-data": base64.b64encode(ca.read_bytes()).decode()}
     config = {
         "apiVersion": "v1",
         "kind": "Config",
         "clusters": [{"name": name, "cluster": cluster}],
-        "users": [{"name": user, "user": {"token": token}}],
-        "contexts": [{"name": name, "context": {"cluster": name, "user": user, "namespace": "default"}}],
+        "users": [{"name": account.user, "user": {"token": account.token}}],
+        "contexts": [{"name": name, "context": {"cluster": name, "user": account.user, "namespace": "default"}}],
         "current-context": name,
     }
     return private_file(path, json.dumps(config, indent=1) + "\n")

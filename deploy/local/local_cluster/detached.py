@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 from .control_plane import is_ready, start_control_plane
 from .errors import LocalClusterError
+from .node import NodeCluster, loader, prepare_node, start_node_in
+from .node_world import NAME as WORLD
 from .paths import checked_name, clusters_dir, locked, private_file
+from .processes import Identity
 from .providers import (
     EXISTING,
     NATIVE,
@@ -21,11 +26,15 @@ from .providers import (
     has_controller_manager,
     programs_dir,
 )
-from .session import recorded, stop_recorded
+from .session import recorded, start_on_free_ports, stop_recorded, sweep
 
 
-def up(name: str, *, say: Say) -> Cluster:
-    """The running cluster of that name, started where there is none."""
+def up(name: str, *, say: Say, nodes: int = 0) -> Cluster:
+    """The running cluster of that name, started where there is none. Without nodes it is a control plane alone.
+
+    Raises:
+        LocalClusterError: the one that runs has another number of nodes, or none can be started.
+    """
     if chosen_provider() == EXISTING:
         cluster = existing_cluster()
         say(f"using the cluster {cluster.name} at {cluster.server}")
@@ -33,30 +42,55 @@ def up(name: str, *, say: Say) -> Cluster:
     with _lock(name, say):
         found = running(name)
         if found is not None:
+            _check_nodes(found, nodes)
             say(f"cluster {name} is already up at {found.server}")
             return found
         state = clusters_dir() / name
         if state.exists():
             say(f"cluster {name} left files of processes that no longer run; starting anew")
             stop_recorded(state)
-        bin_dir = programs_dir(say)
-        say(f"starting cluster {name}: etcd first")
-        plane = start_control_plane(
-            bin_dir,
-            name=name,
-            new_state_dir=lambda: _fresh(state),
-            with_manager=has_controller_manager(),
-            say=say,
-        )
+        cluster = _start_node(name, state, nodes, say) if nodes else _start_plane(name, state, say)
         try:
-            cluster = cluster_of(name, plane, bin_dir)
             _write(cluster, state)
-            plane.session.detach()
+            cluster.detach()
         except BaseException:
-            plane.session.stop()
+            cluster.stop()
             raise
         say(f"cluster {name} is up at {cluster.server}; `down` stops it")
+        if isinstance(cluster, NodeCluster):
+            say(f"pods reach what listens on {cluster.host_address} here; hostPath volumes belong into {cluster.volumes}")
         return cluster
+
+
+def _start_plane(name: str, state: Path, say: Say) -> Cluster:
+    bin_dir = programs_dir(say)
+    say(f"starting cluster {name}: etcd first")
+    plane = start_control_plane(
+        bin_dir,
+        name=name,
+        new_state_dir=lambda: _fresh(state),
+        with_manager=has_controller_manager(),
+        say=say,
+    )
+    return cluster_of(name, plane, bin_dir)
+
+
+def _start_node(name: str, state: Path, nodes: int, say: Say) -> Cluster:
+    kube, programs = prepare_node(say)
+    sweep()  # what a killed one left may hold a range
+    say(f"starting cluster {name} with {nodes} node{'s' if nodes > 1 else ''}")
+    return start_on_free_ports(
+        lambda: _fresh(state),
+        lambda session: start_node_in(session, kube, programs, name, nodes, (), None, say),
+    )
+
+
+def _check_nodes(found: Cluster, wanted: int) -> None:
+    there = len(found.nodes) if isinstance(found, NodeCluster) else 0
+    if wanted not in (0, there):
+        raise LocalClusterError(
+            f"cluster {found.name} is up with {there} nodes, not {wanted}; stop it with `down`, or use another --name."
+        )
 
 
 def down(name: str, *, say: Say) -> None:
@@ -81,22 +115,20 @@ def running(name: str) -> Cluster | None:
     if record is None or not record[0].alive() or not all(item.alive() for item in record[1].values()):
         return None
     try:
-        kept = json.loads((state / "cluster.json").read_text(encoding="utf-8"))
         token = json.loads((state / "kubeconfig").read_text(encoding="utf-8"))["users"][0]["user"]["token"]
-        cluster = Cluster(
-            name=name,
-            kubeconfig=state / "kubeconfig",
-            server=kept["server"],
-            kubectl=Path(kept["kubectl"]),
-            provider=NATIVE,
-            has_controller_manager=kept["has_controller_manager"],
-            state_dir=state,
-            _stop=lambda: down(name, say=lambda _: None),
-        )
+        cluster = _read(name, state, record[1])
     except (OSError, ValueError, KeyError):
         return None  # Stopped by somebody else just now.
-    port = int(cluster.server.rpartition(":")[2])
-    return cluster if is_ready(port, state / "ca.crt", token) else None
+    return cluster if is_ready(cluster.server, state / "ca.crt", token) else None
+
+
+def load(name: str, archive: Path, *, say: Say) -> None:
+    """Bring the images of an archive onto the nodes of a running cluster."""
+    found = existing_or_running(name)
+    if not isinstance(found, NodeCluster):
+        raise LocalClusterError(f"cluster {found.name} has no node of ours to bring an image onto.")
+    found.load_image(archive)
+    say(f"loaded {archive} onto {', '.join(found.nodes)}")
 
 
 def status(name: str) -> str:
@@ -106,7 +138,8 @@ def status(name: str) -> str:
     found = running(name)
     if found is not None:
         manager = "with" if found.has_controller_manager else "without"
-        return f"up: {found.server}, {manager} a controller manager, state in {found.state_dir}"
+        nodes = f", {len(found.nodes)} nodes" if isinstance(found, NodeCluster) else ""
+        return f"up: {found.server}, {manager} a controller manager{nodes}, state in {found.state_dir}"
     state = clusters_dir() / name
     return f"down, with files of a cluster that no longer runs in {state}" if state.exists() else "down"
 
@@ -127,12 +160,46 @@ def existing_or_running(name: str) -> Cluster:
 
 
 def _write(cluster: Cluster, state: Path) -> None:
-    kept = {
+    kept: dict[str, Any] = {
         "server": cluster.server,
         "kubectl": str(cluster.kubectl),
         "has_controller_manager": cluster.has_controller_manager,
     }
+    if isinstance(cluster, NodeCluster):
+        kept["node"] = {
+            "host_address": cluster.host_address,
+            "nodes": cluster.nodes,
+            "volumes": str(cluster.volumes),
+            "programs": str(cluster.programs),
+        }
     private_file(state / "cluster.json", json.dumps(kept, indent=1))
+
+
+def _read(name: str, state: Path, programs: Mapping[str, Identity]) -> Cluster:
+    """What `_write` wrote; raises OSError, ValueError or KeyError where it is not whole."""
+    kept = json.loads((state / "cluster.json").read_text(encoding="utf-8"))
+    common: dict[str, Any] = {
+        "name": name,
+        "kubeconfig": state / "kubeconfig",
+        "server": kept["server"],
+        "kubectl": Path(kept["kubectl"]),
+        "provider": NATIVE,
+        "has_controller_manager": kept["has_controller_manager"],
+        "state_dir": state,
+        "_stop": lambda: down(name, say=lambda _: None),
+    }
+    node = kept.get("node")
+    if node is None:
+        return Cluster(**common)
+    folder = Path(node["programs"])
+    return NodeCluster(
+        **common,
+        host_address=node["host_address"],
+        nodes=tuple(node["nodes"]),
+        volumes=Path(node["volumes"]),
+        programs=folder,
+        _load=loader(folder, programs[WORLD].pid, len(node["nodes"])),
+    )
 
 
 def _fresh(state: Path) -> Path:

@@ -9,3 +9,7 @@ class LocalClusterError(Exception):
 
 class AddressInUse(LocalClusterError):
     """A program found its port taken between the moment it was chosen and the moment it was bound."""
+
+
+class NodeUnavailable(LocalClusterError):
+    """This machine cannot run a node: no fault of ours, so tests that need one are skipped with this text."""

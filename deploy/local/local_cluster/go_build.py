@@ -25,16 +25,17 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class GoSource:
-    """A folder with go.mod and go.sum, and what is made of it: one binary, `package`, under each of `names`.
+    """A folder with go.mod and go.sum, and what is made of it.
 
-    `version` is the pinned version of the module that matters; `flags` go to `go build`.
+    One package becomes one binary under each of `names`; several become a binary each, and `names` is what Go calls
+    them. `version` is the pinned version of the module that matters; `flags` go to `go build`.
     """
 
     folder: Path
     version: str
     flags: tuple[str, ...]
     names: tuple[str, ...]
-    package: str = "."
+    packages: tuple[str, ...] = (".",)
 
     def key(self, architecture: str) -> str:
         digest = hashlib.sha256()
@@ -42,8 +43,10 @@ class GoSource:
             path = self.folder / name
             digest.update(path.read_bytes() if path.exists() else b"")
             digest.update(b"\0")
-        package = () if self.package == "." else (self.package,)
-        digest.update("\0".join([*self.flags, *package, *self.names, architecture]).encode())
+        for path in sorted(self.folder.glob("*/*.go")):
+            digest.update(path.read_bytes() + b"\0")
+        packages = () if self.packages == (".",) else self.packages
+        digest.update("\0".join([*self.flags, *packages, *self.names, architecture]).encode())
         return f"{self.version}-{digest.hexdigest()[:16]}"
 
 
@@ -69,7 +72,7 @@ def compile_once(source: GoSource, cache_name: str, announcement: str, say: Say)
     `announcement` says what is built and how long it takes; the path of the Go that does it comes after "with".
     """
     root = cache_root() / cache_name
-    target = root / source.key(_architecture())
+    target = root / source.key(architecture())
     last = target / source.names[-1]
     if last.exists():
         return target
@@ -89,11 +92,13 @@ def _build_into(target: Path, source: GoSource, binary: str, go: Path, say: Say)
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir()
     try:
-        command = [str(go), "build", "-v", *source.flags, "-o", str(fresh / binary), source.package]
+        # A folder at the end of -o takes one binary of each package.
+        output = str(fresh / binary) if len(source.packages) == 1 else f"{fresh}/"
+        command = [str(go), "build", "-v", *source.flags, "-o", output, *source.packages]
         began = time.monotonic()
         _run(command, source.folder, log, _count_packages(go, source, log, say), say)
         for name in source.names:
-            if name != binary:
+            if not (fresh / name).exists():
                 (fresh / name).symlink_to(binary)
         if target.exists():
             shutil.rmtree(target)  # Something without the last name in it: no whole build.
@@ -107,7 +112,7 @@ def _count_packages(go: Path, source: GoSource, log: Path, say: Say) -> int:
     say("reading the module graph (this fetches the modules where they are missing)")
     with log.open("w", encoding="utf-8") as stream:
         listed = subprocess.run(
-            [str(go), "list", "-deps", source.package],
+            [str(go), "list", "-deps", *source.packages],
             cwd=source.folder,
             env={**os.environ, **SETTINGS},
             stdout=subprocess.PIPE,
@@ -186,7 +191,7 @@ def _failure(what: str, code: int, log: Path) -> LocalClusterError:
     return LocalClusterError(f"{what} failed (status {code}). Its last words:\n{tail}\nFull log: {log}\nTo do: {advice}")
 
 
-def _architecture() -> str:
+def architecture() -> str:
     machine = os.uname().machine
     return os.environ.get("GOARCH") or {"x86_64": "amd64", "aarch64": "arm64"}.get(machine, machine)
 

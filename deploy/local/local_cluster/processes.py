@@ -13,6 +13,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+LOOPBACK = "127.0.0.1"
 _IN_USE = ("address already in use", "Only one usage of each socket address")
 
 
@@ -65,7 +66,7 @@ def free_ports(count: int) -> list[int]:
     sockets = [socket.socket() for _ in range(count)]
     try:
         for item in sockets:
-            item.bind(("127.0.0.1", 0))
+            item.bind((LOOPBACK, 0))
         return [item.getsockname()[1] for item in sockets]
     finally:
         for item in sockets:
@@ -89,15 +90,17 @@ def says_in_use(path: Path) -> bool:
     return any(mark in text for mark in _IN_USE)
 
 
-def http_get(port: int, path: str, *, ca: Path | None = None, token: str | None = None) -> tuple[int, str]:
-    """Straight to loopback: urllib would ask the environment for a proxy first. Status 0 means no answer."""
+def http_get(
+    port: int, path: str, *, ca: Path | None = None, token: str | None = None, host: str = LOOPBACK
+) -> tuple[int, str]:
+    """Straight to that address: urllib would ask the environment for a proxy first. Status 0 means no answer."""
     connection: http.client.HTTPConnection
     try:
         if ca is None:
-            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+            connection = http.client.HTTPConnection(host, port, timeout=5)
         else:
             context = ssl.create_default_context(cafile=str(ca))
-            connection = http.client.HTTPSConnection("127.0.0.1", port, timeout=5, context=context)
+            connection = http.client.HTTPSConnection(host, port, timeout=5, context=context)
     except (OSError, ssl.SSLError) as error:
         return 0, str(error)
     try:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import LocalClusterError
+from .leftovers import FILE, Leftover
 from .paths import new_run_dir, private_file
 from .processes import free_ports, http_get
 from .session import Running, Session, start_on_free_ports, sweep
@@ -109,10 +110,11 @@ def _start(session: Session, weed: Path, identities: dict[str, Identity]) -> Obj
         flags += [f"-{part}.port={ports[part]}", f"-{part}.port.grpc={ports[f'{part}.grpc']}"]
     # It puts these into /tmp, whatever TMPDIR says, and leaves them there.
     sockets = [
-        Path(f"/tmp/seaweedfs-{part}-grpc-{ports[f'{part}.grpc']}.sock")  # noqa: S108 - its choice, only removed here
+        f"/tmp/seaweedfs-{part}-grpc-{ports[f'{part}.grpc']}.sock"  # noqa: S108 - its choice, only removed here
         for part in ("master", "volume", "filer", "s3")
     ]
-    session.start("weed", [weed, "-logtostderr=true", "server", *flags], remove=sockets)
+    session.leave(*(Leftover(FILE, path) for path in sockets))
+    session.start("weed", [weed, "-logtostderr=true", "server", *flags])
     endpoint = f"http://127.0.0.1:{ports['s3']}"
     admin = identities["admin"]
     client = s3_client(endpoint, admin.access_key, admin.secret_key)

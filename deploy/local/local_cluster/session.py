@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from .errors import AddressInUse, LocalClusterError
+from .leftovers import Leftover
 from .paths import remove_tree, runs_dir
 from .processes import Identity, log_tail, says_in_use
 
@@ -82,6 +83,7 @@ class Session:
         self._events = b""
         self._exited: dict[str, str] = {}
         self._started: dict[str, int] = {}
+        self._noted = 0
         self._detached = False
         with (state_dir / "supervisor.log").open("wb") as log:
             self._process = subprocess.Popen(
@@ -98,9 +100,7 @@ class Session:
     def log(self, program: str) -> Path:
         return self.state_dir / f"{program}.log"
 
-    def start(
-        self, name: str, argv: Sequence[str | Path], *, env: Mapping[str, str] | None = None, remove: Sequence[Path] = ()
-    ) -> int:
+    def start(self, name: str, argv: Sequence[str | Path], *, env: Mapping[str, str] | None = None) -> int:
         """Returns the pid. The environment is bare but for `env`: no proxy, no credentials of the user reach a program."""
         self._send(
             {
@@ -109,11 +109,25 @@ class Session:
                 "argv": [str(item) for item in argv],
                 "env": {"PATH": os.environ.get("PATH", os.defpath), "HOME": str(self.state_dir), **(env or {})},
                 "log": str(self.log(name)),
-                "remove": [str(path) for path in remove],
             }
         )
         self.wait_until(lambda: name in self._started, what=f"{name} to be started", seconds=20)
         return self._started[name]
+
+    def end(self, name: str) -> None:
+        """Kill one program on purpose, the others go on; it can be started again."""
+        self._send({"do": "end", "name": name})
+        self.wait_until(lambda: name not in self._started, what=f"{name} to be ended", seconds=20)
+
+    def leave(self, *leftovers: Leftover) -> None:
+        """What is to be removed at the end, the last first, whoever does it: recorded when this returns."""
+        wanted = self._noted + 1
+        self._send({"do": "leave", "leftovers": [[item.kind, item.value] for item in leftovers]})
+        self.wait_until(lambda: self._noted >= wanted, what="the supervisor to take notes", seconds=20)
+
+    def watch(self, name: str, path: Path) -> None:
+        """From now on the end of this path is the end of everything, as that of a program would be."""
+        self._send({"do": "watch", "name": name, "path": str(path)})
 
     def wait_until(self, ready: Callable[[], bool], *, what: str, seconds: float, program: str = "") -> None:
         """A program that ends while this waits is an error at once, with the end of its log."""
@@ -186,6 +200,10 @@ class Session:
             elif event["event"] == "exited":
                 code = event["code"]
                 self._exited[event["name"]] = event["detail"] or (f"signal {-code}" if code < 0 else f"exit status {code}")
+            elif event["event"] == "ended":
+                del self._started[event["name"]]
+            elif event["event"] == "noted":
+                self._noted += 1
             else:
                 self._detached = True
 
@@ -222,8 +240,8 @@ def stop_recorded(state_dir: Path) -> bool:
         for identity in (supervisor, *programs.values()):
             if not identity.wait_gone(10):
                 raise LocalClusterError(f"process {identity.pid} does not end, not even by SIGKILL; see {state_dir}.")
-        for path in leftovers:
-            Path(path).unlink(missing_ok=True)
+        for item in reversed(leftovers):
+            Leftover(*item).remove()
     if state_dir.exists():
         remove_tree(state_dir)
     return running

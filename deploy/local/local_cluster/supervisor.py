@@ -1,9 +1,10 @@
 """Owns the programs of one cluster so that they end with whoever started them, however that one ends.
 
 It reads one JSON command a line from its standard input, a pipe that only the starter holds: `start` a
-program, `detach` (stay without the starter). The end of the input before a `detach` means that the starter is
-gone or wants to stop: everything is killed and the state folder removed. Each program gets a parent-death
-signal too, for the case that the supervisor itself is killed.
+program, `end` one, `leave` (remember what is to be removed at the end), `watch` a path that must stay there, `detach`
+(stay without the starter). The end of the input before a `detach` means that the starter is gone or wants to stop:
+everything is killed and the state folder removed. Each program gets a parent-death signal too, for the case that the
+supervisor itself is killed.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from .leftovers import Leftover
 from .processes import Identity
 
 _PR_SET_PDEATHSIG = 1
@@ -32,7 +34,8 @@ class Supervisor:
         self.state_dir = state_dir
         self.programs: dict[str, subprocess.Popen[bytes]] = {}
         self.identities: dict[str, Identity] = {}
-        self.leftovers: list[Path] = []
+        self.leftovers: list[Leftover] = []
+        self.watched: dict[str, Path] = {}
         self.reported: set[str] = set()
         self.detached = False
         self.starter = os.getppid()
@@ -56,7 +59,7 @@ class Supervisor:
         pending = b""
         while True:
             sources = [reader] if self.detached else [reader, 0]
-            # The timeout is for a starter that forked: the fork keeps the pipe open, the parent changes.
+            # The timeout is for a starter that forked (the fork keeps the pipe open, the parent changes), and to watch.
             ready, _, _ = select.select(sources, [], [], 1.0)
             if reader in ready:
                 os.read(reader, 4096)
@@ -78,6 +81,14 @@ class Supervisor:
     def obey(self, command: dict[str, Any]) -> None:
         if command["do"] == "start":
             self.start(command)
+        elif command["do"] == "end":
+            self.end(command["name"])
+        elif command["do"] == "leave":
+            self.leftovers += [Leftover(*item) for item in command["leftovers"]]
+            self.write_state()
+            self.tell({"event": "noted"})
+        elif command["do"] == "watch":
+            self.watched[command["name"]] = Path(command["path"])
         elif command["do"] == "detach":
             self.detached = True
             self.tell({"event": "detached"})
@@ -88,7 +99,6 @@ class Supervisor:
 
     def start(self, command: dict[str, Any]) -> None:
         name = command["name"]
-        self.leftovers += [Path(path) for path in command["remove"]]
         with open(command["log"], "wb") as log:
             try:
                 program = subprocess.Popen(
@@ -108,6 +118,15 @@ class Supervisor:
         self.write_state()
         self.tell({"event": "started", "name": name, "pid": program.pid})
 
+    def end(self, name: str) -> None:
+        """One program, on purpose: the others go on, and its end is no news."""
+        program = self.programs.pop(name)
+        del self.identities[name]
+        program.kill()
+        program.wait()
+        self.write_state()
+        self.tell({"event": "ended", "name": name})
+
     def die_with_supervisor(self) -> None:
         if self.libc is not None:
             self.libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -119,6 +138,11 @@ class Supervisor:
                 self.reported.add(name)
                 print(f"{name} (pid {program.pid}) ended with {code}", file=sys.stderr, flush=True)
                 self.tell({"event": "exited", "name": name, "code": code, "detail": ""})
+        for name, path in self.watched.items():
+            if not path.exists() and name not in self.reported:
+                self.reported.add(name)
+                print(f"{path} is gone", file=sys.stderr, flush=True)
+                self.tell({"event": "exited", "name": name, "code": 0, "detail": f"{path} is gone"})
         return bool(self.reported)
 
     def stop(self, *, remove: bool) -> int:
@@ -128,8 +152,8 @@ class Supervisor:
                 program.kill()
         for program in self.programs.values():
             program.wait()
-        for path in self.leftovers:
-            path.unlink(missing_ok=True)
+        for leftover in reversed(self.leftovers):
+            leftover.remove()
         if remove:
             for _ in range(3):
                 shutil.rmtree(self.state_dir, ignore_errors=True)
@@ -149,7 +173,7 @@ class Supervisor:
         state = {
             "supervisor": asdict(Identity.of(os.getpid())),
             "programs": {name: asdict(identity) for name, identity in self.identities.items()},
-            "leftovers": [str(path) for path in self.leftovers],
+            "leftovers": [[item.kind, item.value] for item in self.leftovers],
         }
         fresh = self.state_dir / "state.json.new"
         fresh.write_text(json.dumps(state, indent=1), encoding="utf-8")

@@ -1,0 +1,53 @@
+"""What outlives the processes of a run and must be taken away by name: files, control groups, links, routes."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+FILE, CGROUP, LINK, ROUTE = "file", "cgroup", "link", "route"
+ROUTE_METRIC = "4096"
+"""Behind every real route, so that ours matters only where there is none."""
+_PATIENCE = 10.0
+
+
+@dataclass(frozen=True)
+class Leftover:
+    """A file or the folder of a control group by its path, a network link by its name, an unreachable range."""
+
+    kind: str
+    value: str
+
+    def remove(self) -> None:
+        """Idempotent; called after the processes were killed. Some of them may take a moment to be gone."""
+        if self.kind == FILE:
+            Path(self.value).unlink(missing_ok=True)
+        elif self.kind == CGROUP:
+            _remove_cgroup(Path(self.value))
+        elif self.kind == LINK:
+            _ip("link", "delete", self.value)
+        elif self.kind == ROUTE:
+            _ip("route", "delete", "unreachable", self.value, "metric", ROUTE_METRIC)
+
+
+def _remove_cgroup(folder: Path) -> None:
+    """The files in it are the kernel's: folders alone are removed, the deepest first, once no process is in them."""
+    deadline = time.monotonic() + _PATIENCE
+    while folder.is_dir():
+        for inner in sorted(folder.rglob("*/"), key=lambda path: len(path.parts), reverse=True):
+            with contextlib.suppress(OSError):
+                inner.rmdir()
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+        if time.monotonic() > deadline:
+            return
+        time.sleep(0.02)
+
+
+def _ip(*words: str) -> None:
+    # What is gone already is no error, and neither is a machine without that program: then nothing was made.
+    with contextlib.suppress(OSError):
+        subprocess.run(["ip", *words], capture_output=True, check=False)
