@@ -226,7 +226,7 @@ def free_port() -> int:
 @contextmanager
 def run_operator(place: Place) -> Iterator[Operator]:
     port = free_port()
-    flags = (*FLAGS, f"--probe-address=http://127.0.0.1:{port}/healthz")
+    flags = (*FLAGS, f"--listen-address=127.0.0.1:{port}")
     command = operator_command(place.cluster, place.folder, place.claims(), *flags)
     with place.log.open("ab") as log:
         process = subprocess.Popen(command.argv, env={**command.env, "PATH": os.environ["PATH"]}, stdout=log, stderr=log)

@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.request
+from http.client import HTTPConnection
 from pathlib import Path
 
 import local_cluster as lc
@@ -63,22 +63,39 @@ def test_a_wrong_setting_refuses_to_start_by_name() -> None:
     assert "'never'" in done.stderr
 
 
-def test_the_liveness_probe_answers(cluster: lc.Cluster, tmp_path: Path) -> None:
+def read(address: str, path: str) -> str:
+    connection = HTTPConnection(address, timeout=5)
+    try:
+        connection.request("GET", path)
+        answer = connection.getresponse()
+        text = answer.read().decode()
+        if answer.status != 200:
+            raise OSError(f"{path}: {answer.status} {text}")
+        return text
+    finally:
+        connection.close()
+
+
+def test_health_and_metrics_are_served_on_one_port(cluster: lc.Cluster, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
-        address = f"http://127.0.0.1:{free.getsockname()[1]}/healthz"
-    command = operator_command(cluster, tmp_path, [], f"--probe-address={address}", "--log-format=json")
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    command = operator_command(cluster, tmp_path, [], f"--listen-address={address}", "--log-format=json")
     env = {**command.env, "PATH": os.environ["PATH"]}
     process = subprocess.Popen(command.argv, env=env, stderr=subprocess.PIPE, text=True)
     try:
         deadline = time.monotonic() + 30
         while True:
             try:
-                with urllib.request.urlopen(address, timeout=5) as answer:
-                    assert answer.status == 200
+                assert read(address, "/readyz") == "ok\n"
                 break
             except OSError:
                 assert time.monotonic() < deadline
                 time.sleep(0.1)
+        assert read(address, "/healthz") == "ok\n"
+        numbers = read(address, "/metrics")
+        assert 'checkpoint_operator_artifacts{phase="Ready"}' in numbers
+        assert 'checkpoint_operator_api_requests_total{code="200",resource="checkpointartifacts",verb="list"}' in numbers
+        assert "process_resident_memory_bytes" in numbers
     finally:
         process.terminate()
         _, log = process.communicate(timeout=30)

@@ -20,6 +20,15 @@ class ConfigError(Exception):
     """A setting has a wrong value; the message names the setting, the value and what is expected."""
 
 
+def parse_address(text: str) -> tuple[str, int]:
+    """``host:port`` or ``[v6]:port``; raises ValueError with the way to write it."""
+    host, colon, port = text.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    if not colon or not host or not port.isdecimal() or int(port) > 65535:
+        raise ValueError(f"'{text}' is no address to listen at: write it like 0.0.0.0:8080 or [::]:8080")
+    return host, int(port)
+
+
 class FileModel(BaseModel):
     """A part of a file that an admin writes."""
 
@@ -162,9 +171,23 @@ class Settings(BaseSettings):
     shutdown_seconds: Annotated[
         float, Field(ge=0, le=600, description="How long running Inline movers may take to stop with the operator.")
     ] = 10
-    probe_address: Annotated[str, Field(description="URL where the liveness probe is served; empty: nowhere.")] = ""
+    limits_file: Annotated[
+        Path | None,
+        Field(description="YAML file with maxMovers, … that is read again when it changes; see docs/queue.md."),
+    ] = None
+    listen_address: Annotated[
+        str,
+        Field(description="host:port where /healthz, /readyz and /metrics are served; empty: nowhere. See docs/metrics.md."),
+    ] = ""
     log_level: Annotated[Literal["debug", "info", "warning", "error"], Field(description="What is logged.")] = "info"
     log_format: Annotated[Literal["plain", "json"], Field(description="How it is logged.")] = "plain"
+
+    @field_validator("listen_address")
+    @classmethod
+    def _can_be_listened_at(cls, value: str) -> str:
+        if value:
+            parse_address(value)
+        return value
 
     @property
     def namespace_list(self) -> tuple[str, ...]:

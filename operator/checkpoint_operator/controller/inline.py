@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -37,6 +38,8 @@ from checkpoint_operator.controller.executor import (
 KILL_AFTER = 30.0
 """Seconds between asking a mover to stop and killing it."""
 LINE_MAX = 64 * 1024
+NICENESS = 10
+"""Movers compute checksums for as long as they have bytes; on few cores the operator itself must stay quick beside them."""
 _KEPT_ENVIRONMENT = (
     "PATH",
     "LANG",
@@ -152,6 +155,8 @@ class InlineExecutor:
             failure = Failure(reason=Reason.MOVER_KILLED, message=f"the mover could not be started: {error.strerror}")
             self._finish(child, 70, Result(failure=failure))
         else:
+            with suppress(ProcessLookupError):
+                os.setpriority(os.PRIO_PROCESS, child.process.pid, NICENESS)
             child.task = asyncio.create_task(self._follow(child), name=f"mover {name}")
 
     async def stop(self, name: str, artifact: CheckpointArtifact, reason: StopReason) -> None:

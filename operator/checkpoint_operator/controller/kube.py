@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from datetime import datetime
 from typing import Any, NoReturn, TypeVar
@@ -31,6 +31,10 @@ LOG_TIMEOUT = 5.0
 """Seconds for a look at a pod's log: it goes through a kubelet, which may be gone."""
 
 Answer = TypeVar("Answer")
+
+
+CountRequest = Callable[[str, str, int], None]
+"""Told the method, the URL and the status of each request; 0: no answer came."""
 
 
 class KubeError(Exception):
@@ -232,15 +236,28 @@ class Kube:
         )
 
     async def post_event(
-        self, artifact: CheckpointArtifact, reason: str, note: str, now: datetime, *, warning: bool
+        self,
+        artifact: CheckpointArtifact,
+        reason: str,
+        note: str,
+        now: datetime,
+        *,
+        warning: bool,
+        of_namespace: bool = False,
     ) -> None:
-        """Say something about an artifact, for ``kubectl describe`` and ``kubectl events``."""
+        """Say something about an artifact, for ``kubectl describe`` and ``kubectl events``.
+
+        ``of_namespace``: about its namespace instead, which is being deleted and takes no new event itself.
+        """
         metadata = artifact.metadata
+        where = "default" if of_namespace else metadata.namespace
         body = {
             "apiVersion": "events.k8s.io/v1",
             "kind": "Event",
-            "metadata": {"generateName": f"{metadata.name[:48].rstrip('.')}-", "namespace": metadata.namespace},
-            "regarding": {
+            "metadata": {"generateName": f"{metadata.name[:48].rstrip('.')}-", "namespace": where},
+            "regarding": {"apiVersion": "v1", "kind": "Namespace", "name": metadata.namespace}
+            if of_namespace
+            else {
                 "apiVersion": names.API_VERSION,
                 "kind": names.KIND,
                 "namespace": metadata.namespace,
@@ -256,7 +273,7 @@ class Kube:
             "reportingController": f"{names.GROUP}/operator",
             "reportingInstance": os.environ.get("HOSTNAME", "operator")[:128],
         }
-        await self._ask(self._events.create_namespaced_event(metadata.namespace, body, _request_timeout=TIMEOUT))
+        await self._ask(self._events.create_namespaced_event(where, body, _request_timeout=TIMEOUT))
 
     async def _ask(self, request: Awaitable[Answer]) -> Answer:
         try:
@@ -265,6 +282,26 @@ class Kube:
             _refuse(error)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise KubeError(f"the API server cannot be reached: {type(error).__name__}: {error}") from error
+
+
+class _CountingClient(client.ApiClient):  # type: ignore[misc]
+    """A client whose every request is counted, whoever of its generated classes makes it."""
+
+    def __init__(self, configuration: client.Configuration, count: CountRequest | None) -> None:
+        super().__init__(configuration)
+        self._count = count or (lambda _method, _url, _code: None)
+
+    async def request(self, method: str, url: str, *args: Any, **more: Any) -> Any:
+        code = 0
+        try:
+            answer = await super().request(method, url, *args, **more)
+            code = answer.status
+        except ApiException as error:
+            code = error.status or 0
+            raise
+        finally:
+            self._count(method, url, code)
+        return answer
 
 
 def _paths(base: str, plural: str, namespaces: tuple[str, ...]) -> list[str]:
@@ -305,15 +342,15 @@ def _refuse(error: ApiException) -> NoReturn:
 
 
 @asynccontextmanager
-async def connect() -> AsyncIterator[Kube]:
+async def connect(count: CountRequest | None = None) -> AsyncIterator[Kube]:
     """The operator's requests, by :func:`api_client`."""
-    async with api_client() as api:
+    async with api_client(count) as api:
         yield Kube(api)
 
 
 @asynccontextmanager
-async def api_client() -> AsyncIterator[client.ApiClient]:
-    """A client for the cluster that we run in, or that KUBECONFIG names.
+async def api_client(count: CountRequest | None = None) -> AsyncIterator[client.ApiClient]:
+    """A client for the cluster that we run in, or that KUBECONFIG names; ``count`` is told of each request.
 
     Raises:
         KubeError: neither says where a cluster is.
@@ -326,5 +363,5 @@ async def api_client() -> AsyncIterator[client.ApiClient]:
             await config.load_kube_config(client_configuration=configuration)
     except config.ConfigException as error:
         raise KubeError(f"no cluster: set KUBECONFIG, or run as a pod with a service account ({error})") from error
-    async with client.ApiClient(configuration) as api:
+    async with _CountingClient(configuration, count) as api:
         yield api

@@ -24,7 +24,10 @@ from checkpoint_operator.controller.executor import (
     Executor,
     NoMover,
 )
+from checkpoint_operator.controller.health import Health
 from checkpoint_operator.controller.kube import Conflict, Kube, KubeError, NotFound
+from checkpoint_operator.controller.logs import about
+from checkpoint_operator.controller.metrics import Metrics, StateCollector, by_phase
 from checkpoint_operator.controller.plan import (
     LOOK_AGAIN,
     AddFinalizer,
@@ -34,6 +37,7 @@ from checkpoint_operator.controller.plan import (
     Policy,
     Prepare,
     Record,
+    ReleaseDependents,
     RemoveFinalizer,
     Start,
     Stop,
@@ -82,6 +86,10 @@ class ArtifactCache:
 
     def keys(self) -> list[Key]:
         return list(self._bodies)
+
+    def statuses(self) -> list[JsonObject]:
+        """The status of everybody; may be asked from another thread."""
+        return [body.get("status", {}) for body in list(self._bodies.values())]
 
     def ready_at(self, uri: str) -> list[JsonObject]:
         """Every artifact that is Ready, stays, and names this target URI (a trailing slash does not count)."""
@@ -134,6 +142,8 @@ class Reconciler:
         policy: Policy,
         limits: Limits,
         now: Callable[[], datetime],
+        metrics: Metrics,
+        health: Health,
     ) -> None:
         self._kube = kube
         self._queue = queue
@@ -141,10 +151,13 @@ class Reconciler:
         self._policy = policy
         self._places = Places(limits)
         self._now = now
+        self._metrics = metrics
+        self._health = health
         self.cache = ArtifactCache()
 
     def saw(self, kind: str | None, body: JsonObject) -> None:
         """An event of the watch: remember the object, look at its key. What kind of event it was does not matter."""
+        self._health.event()
         if kind == "DELETED":
             key = (body["metadata"]["namespace"], body["metadata"]["name"])
             self.cache.remove(key)
@@ -178,9 +191,12 @@ class Reconciler:
         for key in self._executor.artifacts():
             self._queue.add(key)  # whoever has no use for its Job any more deletes it
         seen = {key: version async for key, version in self._kube.list_versions(namespaces)}
-        for key in {*seen, *self.cache.keys()}:
-            # What is not in the list may have been created while its pages were read.
-            if self.cache.version(key) != seen.get(key):
+        # What is not in the list may have been created while its pages were read.
+        everybody = {*seen, *self.cache.keys()}
+        changed = {key for key in everybody if self.cache.version(key) != seen.get(key)}
+        self._health.listed(len(changed))
+        for key in everybody:
+            if key in changed:
                 await self._refresh(key)
             elif not _is_settled(self.cache.get(key) or {}):
                 self._queue.add(key)
@@ -189,25 +205,34 @@ class Reconciler:
         """One worker; runs for ever. An error of one key never ends it."""
         while True:
             key = await self._queue.get()
+            body = self.cache.get(key)
             try:
-                seconds = await self._reconcile(key)
-                self._queue.forget(key)
-                if seconds is not None:
-                    self._queue.add_after(key, seconds)
-            except Conflict:
-                _log.debug("%s/%s changed meanwhile, looking again", *key)
-                await self._refresh(key)
-            except NotFound:
-                self.cache.remove(key)
-                self._queue.add(key)
-            except KubeError as error:
-                delay = self._queue.retry(key)
-                _log.warning("%s/%s: %s; trying again in %.0f s", *key, error, delay)
-            except Exception:
-                delay = self._queue.retry(key)
-                _log.exception("%s/%s: reconciling failed; trying again in %.0f s", *key, delay)
+                with about(key, body["metadata"]["uid"] if body else None), self._metrics.reconciling():
+                    await self._work_on(key)
             finally:
                 self._queue.done(key)
+
+    async def _work_on(self, key: Key) -> None:
+        try:
+            seconds = await self._reconcile(key)
+            self._queue.forget(key)
+            if seconds is not None:
+                self._queue.add_after(key, seconds)
+        except Conflict:
+            self._metrics.failed_to_reconcile("Conflict")
+            _log.debug("%s/%s changed meanwhile, looking again", *key)
+            await self._refresh(key)
+        except NotFound:
+            self.cache.remove(key)
+            self._queue.add(key)
+        except KubeError as error:
+            self._metrics.failed_to_reconcile("API")
+            delay = self._queue.retry(key)
+            _log.warning("%s/%s: %s; trying again in %.0f s", *key, error, delay)
+        except Exception:
+            self._metrics.failed_to_reconcile("Bug")
+            delay = self._queue.retry(key)
+            _log.exception("%s/%s: reconciling failed; trying again in %.0f s", *key, delay)
 
     async def _refresh(self, key: Key) -> None:
         try:
@@ -245,8 +270,9 @@ class Reconciler:
     async def _step(self, artifact: CheckpointArtifact) -> float | None:
         """One decision and its execution; 0: look again at once."""
         await self._executor.look(artifact)
+        terminating = await self._is_namespace_terminating(artifact)
         now = self._now()
-        seen = self._observe(artifact, now)
+        seen = replace(self._observe(artifact, now), namespace_terminating=terminating)
         decision = plan(seen, self._policy, now)
         if isinstance(decision, Prepare):
             decision = await self._prepare(artifact, seen, decision, now)
@@ -261,7 +287,12 @@ class Reconciler:
                 finalizers = [*artifact.metadata.finalizers, names.FINALIZER]
                 await self._write(artifact, {"metadata": {"finalizers": finalizers}})
                 return 0
+            case ReleaseDependents():
+                finalizers = [name for name in artifact.metadata.finalizers if name != names.FOREGROUND_DELETION]
+                await self._write(artifact, {"metadata": {"finalizers": finalizers}})
+                return 0
             case RemoveFinalizer(event):
+                self._metrics.let_go(event.reason if event else "NothingStored")
                 await self._post(artifact, event, now)
                 finalizers = [name for name in artifact.metadata.finalizers if name != names.FINALIZER]
                 await self._write(artifact, {"metadata": {"finalizers": finalizers}})
@@ -270,8 +301,10 @@ class Reconciler:
                 return None
             case Record(status, event, seconds, forget):
                 await self._write_status(artifact, status.to_wire())
+                self._metrics.wrote(artifact, status, now)
                 await self._post(artifact, event, now)
                 if forget:
+                    self._metrics.ended(artifact.metadata.uid, now)
                     await self._forget(artifact)
                     self._release(artifact.key)
                 return seconds
@@ -280,6 +313,7 @@ class Reconciler:
                 await self._write_status(artifact, status.to_wire())
                 assert status.mover is not None
                 notice = await self._executor.start(status.mover.name, artifact, operation, now)
+                self._metrics.started(artifact.metadata.uid, operation, now)
                 if notice:
                     await self._post(artifact, Event(notice.reason, notice.message, warning=True), now)
                 return LOOK_AGAIN
@@ -328,6 +362,21 @@ class Reconciler:
             also_stored_by=self._also_stored_by(artifact),
         )
 
+    async def _is_namespace_terminating(self, artifact: CheckpointArtifact) -> bool:
+        """Asked live, and only where the next step may be to remove data: who deletes a namespace deletes its artifacts
+        after it, so that an answer from before would not do."""
+        status = artifact.status
+        is_held = artifact.metadata.deletion_timestamp is not None and names.FINALIZER in artifact.metadata.finalizers
+        if not is_held or status.launches == status.clean_launches:
+            return False
+        if not isinstance(self._executor.state(artifact), NoMover):
+            return False
+        try:
+            namespace = await self._kube.get_namespace(artifact.metadata.namespace)
+        except NotFound:
+            return True
+        return "deletionTimestamp" in namespace["metadata"]
+
     def _also_stored_by(self, artifact: CheckpointArtifact) -> str | None:
         """Another Ready artifact at the same place, as far as this one's namespace may know of it."""
         if artifact.metadata.deletion_timestamp is None or artifact.spec.target.layout is Layout.UNIQUE:
@@ -356,6 +405,12 @@ class Reconciler:
         for demand in self._places.next():
             self._queue.add(demand.key)
 
+    def state(self) -> StateCollector:
+        """What is true at the moment that somebody asks for it, as numbers; may be asked from another thread."""
+        return StateCollector(
+            self._places, lambda: by_phase(self.cache.statuses()), self._queue.__len__, self._health.heard_ago
+        )
+
     def set_limits(self, limits: Limits) -> None:
         """More movers start at once where more may; none is stopped where fewer may."""
         self._places.limits = limits
@@ -381,7 +436,9 @@ class Reconciler:
             logging.WARNING if event.warning else logging.INFO, "%s/%s: %s: %s", *artifact.key, event.reason, event.message
         )
         try:
-            await self._kube.post_event(artifact, event.reason, event.message, now, warning=event.warning)
+            await self._kube.post_event(
+                artifact, event.reason, event.message, now, warning=event.warning, of_namespace=event.of_namespace
+            )
         except KubeError as error:
             _log.warning("%s/%s: the event %s was not posted: %s", *artifact.key, event.reason, error)
 
