@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from checkpoint_operator.api.quantities import format_bytes
+from checkpoint_operator.api.quantities import QUANTITY, format_bytes, parse_quantity
 
 FACTORS = {suffix: 1024**power for power, suffix in enumerate(("", "Ki", "Mi", "Gi", "Ti", "Pi", "Ei"))}
 
@@ -61,3 +61,38 @@ def test_quantities_sort_as_their_counts(one: int, other: int) -> None:
 
     if one <= other:
         assert value(one) <= value(other)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("0", 0),
+        ("007", 7),
+        ("100m", Fraction(1, 10)),
+        ("1.5", Fraction(3, 2)),
+        ("2k", 2000),
+        ("1M", 10**6),
+        ("1Mi", 2**20),
+        ("0.5Gi", 2**29),
+        ("1E", 10**18),
+        ("1Ei", 2**60),
+    ],
+)
+def test_a_quantity_has_its_exact_value(text: str, value: Fraction | int) -> None:
+    assert re.search(QUANTITY, text)
+    assert parse_quantity(text) == value
+
+
+@pytest.mark.parametrize(
+    "text", ["", "m", "1x", "x1", "1 Gi", "-1", "1Gib", "mi", "1mi", "NaN", "Infinity", "1.0000", "1e3", "1n"]
+)
+def test_what_is_no_quantity_of_ours_is_refused_or_not_written_by_users(text: str) -> None:
+    assert not re.search(QUANTITY, text)
+    if text not in ("-1", "1.0000"):
+        with pytest.raises(ValueError, match="quantity"):
+            parse_quantity(text)
+
+
+@given(st.integers(0, 2**62))
+def test_what_we_format_can_be_read(count: int) -> None:
+    assert parse_quantity(format_bytes(count)) >= 0

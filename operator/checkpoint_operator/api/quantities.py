@@ -1,12 +1,13 @@
 """Byte counts as people read them and as Kubernetes sorts them: binary quantities such as ``120Ki`` or ``1.2Gi``."""
 
-from decimal import Decimal
+import re
 from fractions import Fraction
 
 QUANTITY = r"^([0-9]+m|[0-9]+(\.[0-9]{1,3})?(k|[MGTPE]|[KMGTPE]i)?)$"
 """What users may write for cpu and memory: Kubernetes' own grammar without signs, exponents, nano and micro."""
 QUANTITY_MAX = 32
 
+_QUANTITY = re.compile(r"([+-]?[0-9]+(?:\.[0-9]*)?)(|m|k|[MGTPE]|[KMGTPE]i)")
 _SUFFIXES = ("", "Ki", "Mi", "Gi", "Ti", "Pi", "Ei")
 
 
@@ -31,15 +32,14 @@ def parse_quantity(text: str) -> Fraction:
     Raises:
         ValueError: for what is none.
     """
-    number = text.rstrip("mkKMGTPEi")
-    suffix = text[len(number) :]
+    match = _QUANTITY.fullmatch(text)
+    if match is None:
+        raise ValueError(f"'{text}' is no quantity: write it like 500m, 2 or 1Gi")
+    number, suffix = match.groups()
     if suffix == "m":
         factor = Fraction(1, 1000)
     elif suffix.endswith("i"):
         factor = Fraction(1024 ** _SUFFIXES.index(suffix))
     else:
-        factor = Fraction(1000 ** ("", "k", "M", "G", "T", "P", "E").index(suffix))
-    try:
-        return Fraction(Decimal(number)) * factor
-    except (ArithmeticError, ValueError):
-        raise ValueError(f"'{text}' is no quantity: write it like 500m, 2 or 1Gi") from None
+        factor = Fraction(1000 ** "kMGTPE".index(suffix) * 1000 if suffix else 1)
+    return Fraction(number) * factor
