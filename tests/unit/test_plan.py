@@ -156,6 +156,7 @@ class Case:
     also_stored_by: str | None = None
     preparation: Preparation | None = Prepared()  # noqa: RUF009 - a frozen value
     kind: str = "Inline"
+    namespace_terminating: bool = False
     facts: dict[str, Any] = field(default_factory=dict)
 
 
@@ -750,6 +751,57 @@ CASES: dict[str, Case] = {
         Start,
         facts={"status.retry_handled": "now"},
     ),
+    # Its whole namespace is being deleted.
+    "a namespace that is deleted keeps its checkpoints, whatever their policy": Case(
+        artifact(READY, {"deletionPolicy": "Delete"}, deleted=True),
+        RemoveFinalizer,
+        namespace_terminating=True,
+        facts={
+            "event.reason": "DataKept",
+            "event.warning": True,
+            "event.of_namespace": True,
+            "event.message": "c: s3://bucket/c was left as it is, since a whole namespace is being deleted",
+        },
+    ),
+    "a namespace that is deleted does not wait for a store that is away": Case(
+        artifact(launched("Deleting", "Delete", nextRetryTime=wire(NOW + timedelta(seconds=9))), deleted=True),
+        RemoveFinalizer,
+        namespace_terminating=True,
+        facts={"event.reason": "DataKept"},
+    ),
+    "a namespace that is deleted does not wait for a place of a mover": Case(
+        artifact(READY, {"deletionPolicy": "Delete"}, deleted=True),
+        RemoveFinalizer,
+        blocked="8 movers",
+        namespace_terminating=True,
+    ),
+    "a namespace that is deleted does not wait for a configuration that allows": Case(
+        artifact(launched("Waiting"), deleted=True), RemoveFinalizer, refusal=NOT_SERVED, namespace_terminating=True
+    ),
+    "a namespace that is deleted does not wait for a node that is lost": Case(
+        artifact(launched("Waiting"), deleted=True),
+        RemoveFinalizer,
+        mover=NoMover(unseen="pod p on node n"),
+        namespace_terminating=True,
+    ),
+    "an upload in a namespace that is deleted is stopped first": Case(
+        artifact(launched(), deleted=True), Stop, mover=running(HALF), namespace_terminating=True
+    ),
+    "a deletion that was asked for before its namespace was deleted may end": Case(
+        artifact(launched("Deleting", "Delete"), deleted=True), Wait, mover=running(), namespace_terminating=True
+    ),
+    "an artifact that stored nothing goes with its namespace without a word": Case(
+        artifact(launched("Failed", cleanLaunches=1), deleted=True),
+        RemoveFinalizer,
+        namespace_terminating=True,
+        facts={"event": None},
+    ),
+    "data that is kept anyway is kept for its own reason": Case(
+        artifact(READY, deleted=True),
+        RemoveFinalizer,
+        namespace_terminating=True,
+        facts={"event.message": "s3://bucket/c was kept (deletionPolicy: Retain)"},
+    ),
     "abandoned data lets the object go at once": Case(
         artifact(launched("Deleting"), deleted=True, annotations={names.ANNOTATION_ABANDON_DATA: "true"}),
         RemoveFinalizer,
@@ -772,6 +824,7 @@ def decide(case: Case) -> Decision:
         case.refusal,
         case.also_stored_by,
         preparation=case.preparation,
+        namespace_terminating=case.namespace_terminating,
     )
     return plan(seen, POLICY, NOW)
 
