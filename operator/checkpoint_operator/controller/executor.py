@@ -95,7 +95,9 @@ class Held:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A mover may start."""
+    """A mover may start. ``run_as_user``: as whom, where the executor chose; the next one may have to be the same."""
+
+    run_as_user: int | None = None
 
 
 Preparation = Prepared | Held | Failure

@@ -423,7 +423,8 @@ def _not_gone(unseen: str) -> str:
 def _next_mover(seen: Observed, operation: Operation) -> MoverStatus:
     artifact = seen.artifact
     name = names.mover_name(artifact.metadata.uid, artifact.status.launches + 1)
-    return MoverStatus.model_validate({"kind": seen.kind, "name": name, "operation": operation})
+    user = seen.preparation.run_as_user if isinstance(seen.preparation, Prepared) else None
+    return MoverStatus.model_validate({"kind": seen.kind, "name": name, "operation": operation, "runAsUser": user})
 
 
 def _hold_back(seen: Observed, phase: Phase, reason: str, message: str, seconds: float | None, now: datetime) -> Decision:

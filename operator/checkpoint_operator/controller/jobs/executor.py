@@ -209,7 +209,7 @@ class JobExecutor:
         if isinstance(job, Failure):
             return job
         self._rendered[namespace, name] = job
-        return Prepared()
+        return Prepared(answer.run_as_user)
 
     def _earlier_mover_gone(self, artifact: CheckpointArtifact) -> bool:
         pods = self.cache.pods_of(artifact.metadata.namespace, artifact.metadata.uid)
