@@ -15,7 +15,7 @@ from typing import Any
 from .errors import LocalClusterError
 from .leftovers import FILE, Leftover
 from .paths import new_run_dir, private_file
-from .processes import free_ports, http_get
+from .processes import LOOPBACK, free_ports, http_get
 from .session import Running, Session, start_on_free_ports, sweep
 
 REGION = "us-east-1"
@@ -66,8 +66,8 @@ class ObjectStore(Running):
         return s3_client(self.endpoint, who.access_key, who.secret_key, ca=self.ca, **config)
 
 
-def start_object_store(name: str = "s3", identities: Sequence[Identity] = ()) -> ObjectStore:
-    """Up in a second or two. There is always an identity `admin`; the caller's come on top."""
+def start_object_store(name: str = "s3", identities: Sequence[Identity] = (), address: str = LOOPBACK) -> ObjectStore:
+    """Up in a second or two, on one address of this machine. There is always an identity `admin`; the caller's come on top."""
     weed = _weed()
     everybody = {"admin": Identity("admin", ("Admin", "Read", "Write", "List", "Tagging"))}
     for identity in identities:
@@ -75,10 +75,10 @@ def start_object_store(name: str = "s3", identities: Sequence[Identity] = ()) ->
             raise LocalClusterError(f"two identities are named {identity.name!r}; 'admin' is there always.")
         everybody[identity.name] = identity
     sweep()
-    return start_on_free_ports(lambda: new_run_dir(name), lambda session: _start(session, weed, everybody))
+    return start_on_free_ports(lambda: new_run_dir(name), lambda session: _start(session, weed, everybody, address))
 
 
-def _start(session: Session, weed: Path, identities: dict[str, Identity]) -> ObjectStore:
+def _start(session: Session, weed: Path, identities: dict[str, Identity], address: str) -> ObjectStore:
     state = session.state_dir
     # The gRPC ports are given as well: by default the others plus 10000, which may be taken or not exist.
     names = ("master", "master.grpc", "volume", "volume.grpc", "filer", "filer.grpc", "s3", "s3.grpc")
@@ -88,8 +88,8 @@ def _start(session: Session, weed: Path, identities: dict[str, Identity]) -> Obj
     data.mkdir()
     flags = [
         f"-dir={data}",
-        "-ip=127.0.0.1",
-        "-ip.bind=127.0.0.1",
+        f"-ip={address}",
+        f"-ip.bind={address}",
         "-master.telemetry=false",
         "-master.peers=none",
         "-filer",
@@ -115,13 +115,13 @@ def _start(session: Session, weed: Path, identities: dict[str, Identity]) -> Obj
     ]
     session.leave(*(Leftover(FILE, path) for path in sockets))
     session.start("weed", [weed, "-logtostderr=true", "server", *flags])
-    endpoint = f"http://127.0.0.1:{ports['s3']}"
+    endpoint = f"http://{address}:{ports['s3']}"
     admin = identities["admin"]
     client = s3_client(endpoint, admin.access_key, admin.secret_key)
 
     def answers() -> bool:
         # The cheap question first: a boto3 call that cannot connect is slow to say so.
-        if http_get(ports["s3"], "/healthz")[0] == 0:
+        if http_get(ports["s3"], "/healthz", host=address)[0] == 0:
             return False
         from botocore.exceptions import BotoCoreError, ClientError
 
@@ -130,8 +130,8 @@ def _start(session: Session, weed: Path, identities: dict[str, Identity]) -> Obj
         except (BotoCoreError, ClientError):
             return False
         # Without a volume server that the master knows, the first upload would be refused.
-        status, text = http_get(ports["master"], "/dir/status")
-        return status == 200 and f"127.0.0.1:{ports['volume']}" in text
+        status, text = http_get(ports["master"], "/dir/status", host=address)
+        return status == 200 and f"{address}:{ports['volume']}" in text
 
     session.wait_until(answers, what="the S3 API to list buckets", seconds=60, program="weed")
     return ObjectStore(
