@@ -117,7 +117,7 @@ class Agents:
         (plugins / "10-node.conflist").write_text(json.dumps(self._cni(agent), indent=1))
         config = folder / "containerd.toml"
         values = {
-            "root": folder / "containerd",
+            "root": f"/var/lib/{agent.containerd}",
             "state": f"/run/{agent.containerd}",
             "socket": agent.socket,
             "pause": PAUSE_IMAGE,
@@ -154,7 +154,8 @@ class Agents:
                 f"--kubeconfig={kubeconfig}",
                 f"--hostname-override={agent.name}",
                 f"--node-ip={self.network.node(agent.number)}",
-                f"--root-dir={folder / 'kubelet'}",
+                # Sockets lie in it, and their paths are short.
+                f"--root-dir=/var/lib/{agent.kubelet}",
                 f"--cert-dir={folder / 'pki'}",
                 # To lower it takes a capability that not every root has.
                 "--oom-score-adj=0",
