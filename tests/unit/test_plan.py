@@ -176,6 +176,9 @@ CASES: dict[str, Case] = {
             "status.progress.display": "0%",
         },
     ),
+    "whom a mover runs as is written before it is started": Case(
+        artifact(), Start, preparation=Prepared(1000), facts={"status.mover.run_as_user": 1000}
+    ),
     "a suspended artifact says so, once": Case(
         artifact(spec={"suspend": True}), Record, facts={"status.phase": "Suspended", "seconds": None}
     ),

@@ -20,8 +20,7 @@ from typing import Literal
 from checkpoint_operator.api import names
 from checkpoint_operator.api.artifact import CheckpointArtifact
 from checkpoint_operator.api.errors import Reason
-from checkpoint_operator.api.protocol import Failure, Operation, Plan, Progress, Result, Source, TargetOptions, parse_line
-from checkpoint_operator.api.spec import DeletionPolicy
+from checkpoint_operator.api.protocol import Failure, Operation, Plan, Progress, Result, parse_line
 from checkpoint_operator.api.uris import InvalidURI, Scheme, TargetURI
 from checkpoint_operator.controller.config import InlineClaim, InlineConfig, InlineTarget
 from checkpoint_operator.controller.executor import (
@@ -34,6 +33,7 @@ from checkpoint_operator.controller.executor import (
     RunningMover,
     StopReason,
 )
+from checkpoint_operator.controller.mover_plan import encode_plan, mover_plan, target_options
 
 KILL_AFTER = 30.0
 """Seconds between asking a mover to stop and killing it."""
@@ -129,15 +129,9 @@ class InlineExecutor:
         child = self._children[name] = _Child(artifact.key, artifact.metadata.uid, now)
         try:
             plan = self._plan(artifact, operation)
-            text = plan.model_dump_json(by_alias=True, exclude_none=True)
-            if len(text.encode()) > names.PLAN_MAX_BYTES:
-                raise _RefusedError(
-                    Failure(
-                        reason=Reason.INVALID_SPEC,
-                        message=f"the plan for the mover has {len(text.encode())} bytes, at most {names.PLAN_MAX_BYTES} are "
-                        "possible: shorten spec.tags, spec.source.include and spec.source.exclude",
-                    )
-                )
+            text = encode_plan(plan)
+            if isinstance(text, Failure):
+                raise _RefusedError(text)
             child.process = await asyncio.create_subprocess_exec(
                 sys.executable,
                 "-m",
@@ -260,33 +254,22 @@ class InlineExecutor:
         if isinstance(chosen, Failure):
             raise _RefusedError(chosen)
         claim, target, file_root = chosen
-        spec = artifact.spec
-        s3 = spec.target.s3
-        options = TargetOptions(
-            endpoint=target.endpoint or spec.target.endpoint,
-            region=target.region or spec.target.region,
-            force_path_style=target.force_path_style or bool(s3 and s3.force_path_style),
-            storage_class=s3.storage_class if s3 else None,
-            sse_kms_key_id=s3.sse_kms_key_id if s3 else None,
+        said = target_options(artifact)
+        options = said.replace(
+            endpoint=target.endpoint or said.endpoint,
+            region=target.region or said.region,
+            force_path_style=target.force_path_style or said.force_path_style,
             file_root=str(file_root) if file_root else None,
             credentials_directory=str(target.credentials_directory) if target.credentials_directory else None,
+            azure_account=None,  # the profile's alone: an account is an address, and a token would be sent there
         )
-        return Plan(
-            operation=operation,
-            artifact_uid=artifact.metadata.uid,
-            target_uri=spec.target.uri,
-            layout=spec.target.layout,
-            options=options,
-            source=Source(
-                root=str(claim.directory),
-                path=spec.source.path,
-                include=spec.source.include,
-                exclude=spec.source.exclude,
-            ),
-            metadata=artifact.describe(),
+        return mover_plan(
+            artifact,
+            operation,
+            options,
+            str(claim.directory),
             # By construction: the mover starts only with the lock of this artifact in its hand.
             earlier_mover_gone=True,
-            keep_committed=spec.deletion_policy is DeletionPolicy.RETAIN,
             lock_file=str(self._lock_file(artifact.metadata.uid)),
         )
 

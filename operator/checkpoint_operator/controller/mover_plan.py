@@ -1,7 +1,5 @@
 """The plan of one mover, as far as it comes from the artifact; each executor adds where things are mounted. Pure."""
 
-from typing import Any
-
 from checkpoint_operator.api.artifact import CheckpointArtifact
 from checkpoint_operator.api.errors import Reason
 from checkpoint_operator.api.names import PLAN_MAX_BYTES
@@ -9,10 +7,10 @@ from checkpoint_operator.api.protocol import Failure, Operation, Plan, Source, T
 from checkpoint_operator.api.spec import DeletionPolicy
 
 
-def target_options(artifact: CheckpointArtifact, **added: Any) -> TargetOptions:
-    """What the artifact says of its target, and what the executor adds or decides otherwise (field names)."""
+def target_options(artifact: CheckpointArtifact) -> TargetOptions:
+    """What the artifact says of its target; the executor adds, or decides otherwise."""
     target, mover = artifact.spec.target, artifact.spec.mover
-    said = TargetOptions(
+    return TargetOptions(
         endpoint=target.endpoint,
         region=target.region,
         force_path_style=bool(target.s3 and target.s3.force_path_style),
@@ -21,7 +19,6 @@ def target_options(artifact: CheckpointArtifact, **added: Any) -> TargetOptions:
         azure_account=target.azure.account if target.azure else None,
         max_bytes_per_second=mover.max_bytes_per_second if mover else None,
     )
-    return said.replace(**added)
 
 
 def mover_plan(

@@ -43,8 +43,7 @@ def render(
     spec, mover = artifact.spec, artifact.spec.mover or MoverOptions()
     is_file = spec.target.uri.startswith(f"{Scheme.FILE}://")
     secret = spec.target.credentials_secret_ref
-    options = target_options(
-        artifact,
+    options = target_options(artifact).replace(
         ca_bundle_pem=rules.ca_bundle,
         file_root=TARGET_ROOT if is_file else None,
         credentials_directory=names.CREDENTIALS_DIRECTORY if secret else None,
