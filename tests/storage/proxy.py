@@ -1,7 +1,8 @@
 """Between a client and a real S3 server: counts, stalls, cuts, refuses, and makes a better server look like a worse one.
 
 A request is forwarded as it came, `Host` included, so that its signature stays good. Where headers are taken out of it
-(:attr:`Proxy.strips`), the proxy signs it anew with the keys of the test, as they would have been sent without them.
+(:attr:`Proxy.strips`, :attr:`Proxy.forgets`), the proxy signs it anew with the keys of the test, as they would have been
+sent without them.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import ssl
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from enum import Enum, auto
@@ -70,6 +71,8 @@ class Proxy:
     secret_key: str = field(repr=False)
     strips: bool = False
     """Conditions and checksums are taken out of requests and answers: an old store that has never heard of them."""
+    forgets: frozenset[str] = frozenset()
+    """Operations whose conditions are taken out, and nothing else: a store that learned them one by one."""
     sent: Counter[tuple[str, str]] = field(default_factory=Counter)
     asked: Counter[str] = field(default_factory=Counter)
     happened: Counter[Fault] = field(default_factory=Counter)
@@ -156,10 +159,16 @@ class _Signer(S3SigV4Auth):  # type: ignore[misc]  # botocore has no types
 
 @contextmanager
 def proxy(
-    upstream: str, access_key: str, secret_key: str, *, strips: bool = False, tls: lc.TLSFiles | None = None
+    upstream: str,
+    access_key: str,
+    secret_key: str,
+    *,
+    strips: bool = False,
+    forgets: Iterable[str] = (),
+    tls: lc.TLSFiles | None = None,
 ) -> Iterator[Proxy]:
     """A proxy on a free port of loopback, for as long as the block lasts. With ``tls`` its own side is an https one."""
-    made = Proxy(upstream, access_key, secret_key, strips)
+    made = Proxy(upstream, access_key, secret_key, strips, frozenset(forgets))
     server = _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"proxy": made}))
     if tls:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -251,6 +260,9 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {name.lower(): value for name, value in self.headers.items()}
         headers = {name: value for name, value in headers.items() if name not in _HOP_BY_HOP}
         body = self._body(request, size)
+        if request.operation in self.proxy.forgets:
+            headers = {name: value for name, value in headers.items() if name not in _CONDITIONS | _SIGNED_BY_US}
+            return self.path, self.proxy.signed(self.command, self.path, headers), body
         if not self.proxy.strips:
             return self.path, headers, body
         headers = {name: value for name, value in headers.items() if not _is_modern(name)}

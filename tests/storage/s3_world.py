@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 from storage_world import Fault, ObjectWorld
@@ -108,8 +108,11 @@ def object_store() -> Iterator[lc.ObjectStore]:
         yield store
 
 
+OneWorld = TypeVar("OneWorld", bound=S3World)
+
+
 @contextmanager
-def world_on(kind: str, server: Any, tmp_path: Path) -> Iterator[S3World]:
+def world_on(kind: str, server: Any, tmp_path: Path, make: type[OneWorld] = S3World) -> Iterator[OneWorld]:  # type: ignore[assignment]
     """A world of its own on a server that runs: an admin's keys, and a prefix that nobody else uses."""
     options = TargetOptions(
         endpoint=server.endpoint,
@@ -118,7 +121,7 @@ def world_on(kind: str, server: Any, tmp_path: Path) -> Iterator[S3World]:
     )
     client = server.client()
     base = f"s3://{BUCKET}/test-{secrets.token_hex(6)}"
-    yield S3World(kind, base, options, tmp_path, server=server, client=client)
+    yield make(kind, base, options, tmp_path, server=server, client=client)
     client.close()
 
 

@@ -120,6 +120,14 @@ class World:
     def uri(self, name: str = "run") -> TargetURI:
         return TargetURI.parse(f"{self.base}/{name}")
 
+    def place(self, name: str = "run") -> TargetURI:
+        """Where an upload is sent; it may lie in a folder below (layout Unique)."""
+        return TargetURI.parse(f"{self.base}/{name}")
+
+    def prefix_of_files(self) -> str:
+        """What stands before the names of files of ``run`` in the store; of the right length."""
+        return f"{self.uri().path}/"
+
     def manager(self) -> StorageManager:
         return StorageManager(self.options)
 
@@ -191,6 +199,10 @@ class World:
     def paths(self) -> list[str]:
         """Every file or object of the test, whoever wrote it, sorted."""
         raise NotImplementedError
+
+    def real_paths(self) -> list[str]:
+        """The same where a world shows another path than the store has."""
+        return self.paths()
 
 
 def assert_nothing_committed(world: World, name: str = "run") -> None:

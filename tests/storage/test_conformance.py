@@ -278,11 +278,11 @@ def test_two_artifacts_of_layout_unique_share_a_uri(world: World, source: Path) 
     second = world.upload(other, uid="uid-b", layout=Layout.UNIQUE)
     third = world.upload(other, uid="uid", layout=Layout.UNIQUE)  # a beginning of the other uids
     assert len({first.storage_uri, second.storage_uri, third.storage_uri}) == 3
-    assert all(one.data_owner and one.storage_uri.startswith(f"{world.uri()}/") for one in (first, second, third))
+    assert all(one.data_owner and one.storage_uri.startswith(f"{world.place()}/") for one in (first, second, third))
     shutil.rmtree(source)
     assert world.upload(source, layout=Layout.UNIQUE) == first
     world.delete(layout=Layout.UNIQUE)
-    assert sorted(str(found.artifact_id) for found in world.backend.list_artifacts(world.uri())) == ["uid", "uid-b"]
+    assert sorted(str(found.artifact_id) for found in world.backend.list_artifacts(world.place())) == ["uid", "uid-b"]
     world.delete(uid="uid", layout=Layout.UNIQUE)
     world.delete(uid="uid-b", layout=Layout.UNIQUE)
     assert world.paths() == []
@@ -301,7 +301,7 @@ def test_layout_unique_cleans_what_attempts_with_another_state_of_the_source_lef
     stored = world.upload(changing, layout=Layout.UNIQUE, force=force)
     folder = stored.storage_uri.rpartition("/")[2]
     if force or not world.is_bucket:  # a lock tells the file backend that the earlier mover is gone
-        assert {path.split("/")[1] for path in world.paths()} == {folder}
+        assert {path.split("/")[1] for path in world.real_paths()} == {folder}
     assert stored.file_count == 5
     world.delete(layout=Layout.UNIQUE)
     assert world.paths() == []

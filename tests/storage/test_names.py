@@ -18,7 +18,7 @@ _WRITES = {"create marker", "swap marker", "put", "start_upload"}
 
 
 def test_every_name_that_a_store_keeps_comes_back_exactly(world: World, tmp_path: Path) -> None:
-    prefix = f"{world.uri().path}/"
+    prefix = world.prefix_of_files()
     names = [name.below(prefix) for name in TABLE if world.uri().scheme not in name.refused]
     odd = make(tmp_path / "odd", {name: name.encode() for name in names})
     assert len([content for content in tree(odd).values() if content]) == len(names), "this file system folds names"
@@ -31,7 +31,7 @@ def test_every_name_that_a_store_keeps_comes_back_exactly(world: World, tmp_path
 
 
 def test_every_other_name_is_refused_before_the_first_byte(world: World, tmp_path: Path, subtests: pytest.Subtests) -> None:
-    prefix = f"{world.uri().path}/"
+    prefix = world.prefix_of_files()
     for number, name in enumerate(TABLE):
         if world.uri().scheme not in name.refused:
             continue

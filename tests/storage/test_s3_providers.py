@@ -136,6 +136,49 @@ def test_on_a_store_without_conditions_an_upload_goes_on_where_it_was_stopped(
     assert server.uploads() == []
 
 
+# ---- A store that knows conditions on PutObject, and not where several parts become an object
+
+
+@pytest.fixture
+def half_old_store(server: S3World) -> Iterator[Proxy]:
+    keys = server.server.access_key, server.server.secret_key
+    with proxy(server.options.endpoint or "", *keys, forgets=["CompleteMultipartUpload"]) as found:
+        server.options = server.options.replace(endpoint=found.endpoint)
+        yield found
+
+
+def test_a_store_that_completes_over_what_is_there_is_found_out_before_the_first_byte(
+    server: S3World, big: Path, source: Path, half_old_store: Proxy
+) -> None:
+    server.upload(source, "small")
+    assert half_old_store.asked["CompleteMultipartUpload"] == 0, "who has no parts does not ask about them"
+    with refused(Reason.CONDITIONAL_WRITES_UNSUPPORTED) as caught:
+        server.upload(big)
+    assert "several parts" in caught.value.message
+    assert server.paths() == sorted(f"small/{name}" for name in (MARKER, *tree(source)))
+    assert server.uploads() == []
+    with refused(Reason.CONDITIONAL_WRITES_UNSUPPORTED):
+        server.upload(big)
+    assert half_old_store.asked["CompleteMultipartUpload"] == 1, "it is asked once"
+    stored = server.upload(big, layout=Layout.UNIQUE)
+    server.manager().download(stored.storage_uri, server.work / "restored")
+    assert tree(server.work / "restored") == tree(big)
+    assert server.uploads() == []
+
+
+def test_the_question_about_parts_is_asked_once_and_costs_seven_small_requests(
+    server: S3World, big: Path, source: Path, between: Proxy
+) -> None:
+    server.upload(source, "small")
+    before = between.asked.copy()
+    server.upload(big, "first")
+    first, before = between.asked - before, between.asked.copy()
+    server.upload(big, "second")
+    question = first - (between.asked - before)
+    parts = ("CreateMultipartUpload", "UploadPart", "CompleteMultipartUpload", "AbortMultipartUpload")
+    assert question == dict.fromkeys((*parts, "PutObject", "HeadObject", "DeleteObject"), 1)
+
+
 # ---- A network that is none
 
 

@@ -4,7 +4,7 @@
 marker (:mod:`checkpoint_operator.storage.marker`). Outside writers and lifecycle rules of the bucket are out of scope.
 
 The protocol is written as generators that *yield* what the store should do next and receive what it answered. They do
-no I/O: :mod:`checkpoint_operator.storage.objects` drives them against a real store, and ``tests/unit/test_commit.py``
+no I/O: :mod:`checkpoint_operator.storage.driver` drives them against a real store, and ``tests/unit/test_commit.py``
 walks all interleavings of several of them, killed and revived at every step. The rules, in the order of the code:
 
 1. Read the marker before the source, and claim before the first byte.
