@@ -20,6 +20,7 @@ import local_cluster as lc
 from checkpoint_operator.api.protocol import TargetOptions
 from checkpoint_operator.api.uris import TargetURI
 from checkpoint_operator.storage.azure import AzureStore, open_azure
+from checkpoint_operator.storage.transfer import STREAMS
 
 CONTAINER = "checkpoints"
 
@@ -30,7 +31,7 @@ class AzureWorld(ObjectWorld):
     client: Any = None
 
     def connect(self, uri: TargetURI) -> AzureStore:
-        return open_azure(uri, self.options)
+        return open_azure(uri, self.options, STREAMS)
 
     def store(self) -> AzureStore:
         """A store of its own, as a new process has it."""

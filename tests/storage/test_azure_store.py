@@ -22,7 +22,7 @@ from azure_world import AzureWorld, credentials, sas
 from certificates import make_certificates
 from proxy import Fault as Befalls
 from proxy import Proxy, proxy
-from storage_world import MARKER, MIB, Fault, OnLook, make, race, refused, tree
+from storage_world import MARKER, MIB, Fault, OnLook, fetched, make, race, refused, tree
 from test_s3_store import closed_port, everything_said, outcome, start_mover
 
 import local_cluster as lc
@@ -35,6 +35,7 @@ from checkpoint_operator.storage.azure_access import NAMES, find_access
 from checkpoint_operator.storage.azure_blocks import BlockId
 from checkpoint_operator.storage.errors import Cancelled
 from checkpoint_operator.storage.store import Part, Piece, UploadLost
+from checkpoint_operator.storage.transfer import STREAMS
 
 
 @pytest.fixture
@@ -232,6 +233,48 @@ def test_a_sas_token_in_the_endpoint_is_refused_and_not_repeated(azure_world: Az
     with refused(Reason.INVALID_SPEC) as caught:
         azure_world.upload(source)
     assert "sig=abc" not in everything_said(caught.value)
+
+
+# ---- Keys that are rotated while a mover runs
+
+
+@pytest.mark.parametrize("verb", ["read", "list", "start_upload", "put_part", "finish_upload"])
+def test_keys_that_are_rotated_in_the_middle_of_an_upload_are_read_again(
+    azure_world: AzureWorld, big_source: Path, verb: str
+) -> None:
+    folder = azure_world.work / "credentials"
+    opened = azure_world.open(azure_world.uri())
+    azure_world.settings = lambda: ()  # type: ignore[method-assign]  # this store, whatever the folder says by now
+    azure_world._open = {(azure_world.bucket,): opened}
+    rotated: list[str] = []
+
+    def swap(what: str, _: str) -> None:
+        if what == verb and not rotated:
+            rotated.append(what)
+            revoke(opened)
+            (folder / "AZURE_STORAGE_KEY").unlink()
+            credentials(folder, AZURE_STORAGE_SAS_TOKEN=sas(azure_world.server, azure_world.bucket, "rwdl"))
+
+    azure_world.cues.append(swap)
+    azure_world.upload(big_source)
+    assert rotated
+    assert tree(azure_world.download()) == tree(big_source)
+
+
+def revoke(store: Any) -> None:
+    """The key that a client holds is worth nothing from now on."""
+    steps = [getattr(step, "_policy", None) for step in store._container.client._pipeline._impl_policies]
+    [signer] = [step for step in steps if type(step).__name__ == "SharedKeyCredentialPolicy"]
+    signer.account_key = "d3Jvbmctc2VjcmV0"  # type: ignore[union-attr]
+
+
+def test_what_is_refused_with_the_keys_that_are_there_is_asked_once(
+    azure_world: AzureWorld, source: Path, between: Proxy
+) -> None:
+    azure_world.suffer(Fault.WRONG_CREDENTIALS)
+    with refused(Reason.CREDENTIALS_REFUSED):
+        azure_world.upload(source)
+    assert sum(between.asked.values()) == 1
 
 
 # ---- Permissions
@@ -457,7 +500,7 @@ def test_an_etag_that_no_blob_can_have_matches_none(azure_world: AzureWorld) -> 
     for token in ("", " x", 'x"\r\nx-ms-meta-a: b', "*"):
         store.remove(key, token)
         with refused(Reason.INTEGRITY_MISMATCH):
-            store.fetch(key, token, 0, 7)
+            fetched(store, key, token, 0, 7)
     assert azure_world.get("x") == b"content"
 
 
@@ -465,10 +508,10 @@ def test_no_bytes_of_a_blob_are_fetched_of_exactly_that_version_too(azure_world:
     store, key = azure_world.store(), azure_world.prefix + "empty"
     azure_world.put("empty", b"")
     [entry] = store.list(key)
-    assert store.fetch(key, entry.token, 0, 0) == b""
+    assert fetched(store, key, entry.token, 0, 0) == b""
     azure_world.put("empty", b"")
     with refused(Reason.INTEGRITY_MISMATCH):
-        store.fetch(key, entry.token, 0, 0)
+        fetched(store, key, entry.token, 0, 0)
 
 
 def test_an_answer_that_is_cut_off_each_time_is_no_verdict(azure_world: AzureWorld, between: Proxy) -> None:
@@ -495,7 +538,7 @@ def test_an_endpoint_that_answers_everything_with_a_page_raises_nothing_of_the_s
         thread.start()
         azure_world.options = azure_world.options.replace(endpoint=f"http://127.0.0.1:{server.server_port}/localaccount")
         store = azure_world.store()
-        for act in (lambda: store.read("x"), lambda: list(store.list("x")), lambda: store.fetch("x", '"0x1"', 0, 1)):
+        for act in (lambda: store.read("x"), lambda: list(store.list("x")), lambda: fetched(store, "x", '"0x1"', 0, 1)):
             with pytest.raises(StorageError):
                 act()
         server.shutdown()
@@ -509,7 +552,7 @@ def test_a_range_that_the_blob_does_not_have_is_a_mismatch(azure_world: AzureWor
     azure_world.put("x", b"content")
     [entry] = store.list(key)
     with refused(Reason.INTEGRITY_MISMATCH):
-        store.fetch(key, entry.token, start, length)
+        fetched(store, key, entry.token, start, length)
 
 
 # ---- Going on
@@ -565,6 +608,14 @@ def test_an_upload_gets_over_what_befalls_one_request(
     between.plan(befalls, "PutObject", key=file)
     azure_world.upload(big_source)
     assert between.happened[befalls] == 1
+    assert tree(azure_world.download()) == tree(big_source)
+
+
+def test_a_store_that_is_busy_gets_fewer_requests_at_once(azure_world: AzureWorld, big_source: Path, between: Proxy) -> None:
+    between.plan(Befalls.SLOW_DOWN, "PutObject", times=2, key="model.bin")
+    azure_world.upload(big_source)
+    assert between.happened[Befalls.SLOW_DOWN] == 2
+    assert azure_world.open(azure_world.uri()).gate.limit < STREAMS  # type: ignore[attr-defined]
     assert tree(azure_world.download()) == tree(big_source)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import re
@@ -13,22 +14,27 @@ import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from urllib.parse import parse_qs
 
 import google_crc32c
 import pytest
 from gcs_world import STALL, GCSWorld, Rule
+from google.auth.credentials import Credentials
 from google.auth.exceptions import RefreshError, TransportError
-from storage_world import MARKER, MIB, make, refused, tree
+from storage_world import MARKER, MIB, fetched, make, refused, tree
 
 from checkpoint_operator.api.errors import ExitCode, Reason
 from checkpoint_operator.api.names import ENV_PLAN
 from checkpoint_operator.api.protocol import Layout, Operation, Plan, Source, TargetOptions
-from checkpoint_operator.storage import StorageManager, gcs, gcs_client, gcs_crc32c
+from checkpoint_operator.storage import StorageManager, gcs, gcs_client, gcs_crc32c, gcs_credentials
 from checkpoint_operator.storage.errors import Cancelled
 from checkpoint_operator.storage.gcs_client import classify
+from checkpoint_operator.storage.gcs_identity import Identity
 from checkpoint_operator.storage.gcs_pieces import parse_piece
 from checkpoint_operator.storage.store import Part, Piece, UploadLost
+from checkpoint_operator.storage.transfer import STREAMS
 
 KIB = 1 << 10
 FORGED = "test-only-forged-secret"
@@ -68,6 +74,11 @@ def everything_said(error: BaseException) -> str:
 
 def pieces(world: GCSWorld) -> list[str]:
     return [path for path in world.paths() if ".partial-" in path]
+
+
+def compositions(world: GCSWorld) -> list[str]:
+    """What was asked for, but for the question whether the store honours the condition on it."""
+    return [line.split("/o/")[1] for line in world.proxy.requests if "/compose?" in line and ".probe-" not in line]
 
 
 def sent_in_pieces(world: GCSWorld, content: bytes, size: int = 64 * KIB) -> tuple[str, str, list[Part]]:
@@ -122,7 +133,7 @@ def test_the_largest_file_needs_three_levels_and_parts_of_160_mib(gcs_world: GCS
 def test_a_large_file_is_composed_in_levels_and_leaves_nothing_but_itself(gcs_world: GCSWorld, big_source: Path) -> None:
     gcs_world.upload(big_source)
     assert gcs_world.paths() == [f"run/{name}" for name in (MARKER, "model.bin", "small")]
-    composed = [line.split("/o/")[1] for line in gcs_world.proxy.requests if "/compose?" in line]
+    composed = compositions(gcs_world)
     assert len(composed) == 4, "70 pieces are three groups, and those are the file"
     assert "model.bin" in composed[-1]
     assert all("ifGenerationMatch=0" in line for line in composed)
@@ -140,7 +151,7 @@ def test_levels_go_as_deep_as_it_takes(gcs_world: GCSWorld, tmp_path: Path, monk
     monkeypatch.setattr(gcs, "COMPOSE_LIMIT", 3)
     deep = make(tmp_path / "deep", {"model.bin": os.urandom(28 * 64 * KIB)})  # 28, 10, 4, 2 and the file
     gcs_world.upload(deep)
-    assert sum("/compose?" in line for line in gcs_world.proxy.requests) == 10 + 4 + 2 + 1
+    assert len(compositions(gcs_world)) == 10 + 4 + 2 + 1
     assert tree(gcs_world.download()) == tree(deep)
     assert pieces(gcs_world) == []
 
@@ -191,8 +202,8 @@ def test_a_mover_that_is_killed_leaves_pieces_and_the_next_one_sends_only_the_re
 ) -> None:
     size = 16 * MIB
     source = make(tmp_path / "source", {"model.bin": b"".join(bytes([number]) * size for number in range(5))})
-    # The claim and the question about conditions are four writes; then two pieces, and no answer to the third.
-    gcs_world.proxy.rules.append(Rule(UPLOAD, STALL, after=4 + 2))
+    # The claim and the two questions about conditions are six writes; then two pieces, and no answer to the third.
+    gcs_world.proxy.rules.append(Rule(UPLOAD, STALL, after=6 + 2))
     first = start_mover(gcs_world, source)
     deadline = time.monotonic() + 60
     while len(pieces(gcs_world)) < 2:
@@ -247,7 +258,7 @@ def test_pieces_that_cannot_be_removed_do_not_fail_the_upload_and_go_with_the_ar
 ) -> None:
     gcs_world.proxy.rules.append(Rule(r"^DELETE .*partial-", 503))
     gcs_world.upload(big_source)
-    assert len(pieces(gcs_world)) == 73
+    assert len(pieces(gcs_world)) == 73 + 1, "and the one with which the store was asked"
     assert not [entry for entry in gcs_world.store().list(gcs_world.prefix) if ".partial-" in entry.key]
     gcs_world.proxy.rules.clear()
     gcs_world.delete()
@@ -406,10 +417,10 @@ def test_a_version_that_was_replaced_is_not_fetched(gcs_world: GCSWorld) -> None
     store, key = gcs_world.store(), gcs_world.prefix + "run/x"
     written = store.put(key, b"first", store.digest(b"first"), "uid-a")
     assert written is not None
-    assert bytes(store.fetch(key, written.token, 1, 3)) == b"irs"
+    assert fetched(store, key, written.token, 1, 3) == b"irs"
     gcs_world.put("run/x", b"other")
     with refused(Reason.INTEGRITY_MISMATCH):
-        store.fetch(key, written.token, 0, 5)
+        fetched(store, key, written.token, 0, 5)
 
 
 def test_a_range_that_goes_over_the_end_is_no_answer(gcs_world: GCSWorld) -> None:
@@ -417,7 +428,7 @@ def test_a_range_that_goes_over_the_end_is_no_answer(gcs_world: GCSWorld) -> Non
     written = store.put(key, b"short", store.digest(b"short"), "uid-a")
     assert written is not None
     with refused(Reason.INTEGRITY_MISMATCH):
-        store.fetch(key, written.token, 0, 6)
+        fetched(store, key, written.token, 0, 6)
 
 
 def test_a_marker_may_not_be_cached_even_in_a_public_bucket(gcs_world: GCSWorld, source: Path) -> None:
@@ -520,6 +531,14 @@ def test_what_google_answers_has_its_reason(gcs_world: GCSWorld, source: Path, r
     assert gcs_world.paths() == []
 
 
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_store_that_is_busy_gets_fewer_requests_at_once(gcs_world: GCSWorld, source: Path, status: int) -> None:
+    gcs_world.proxy.rules.append(Rule(r"^POST /upload.*", status, times=1, after=4))
+    gcs_world.upload(source)
+    assert gcs_world.open(gcs_world.uri()).gate.limit < STREAMS  # type: ignore[attr-defined]
+    assert tree(gcs_world.download()) == tree(source)
+
+
 def test_a_short_outage_is_not_even_noticed(gcs_world: GCSWorld, source: Path) -> None:
     gcs_world.proxy.rules.append(Rule(UPLOAD, 503, times=2))
     gcs_world.upload(source)
@@ -613,8 +632,58 @@ def test_a_key_file_and_a_federation_by_file_are_used(without_emulator: Path) ->
     for profile in (key_file(), FEDERATED, key_file(token_uri="https://accounts.google.com/o/oauth2/token")):
         (without_emulator / "gcp.json").write_text(json.dumps(profile))
         session = opened(without_emulator)._bucket._session
-        assert type(session.credentials).__module__.startswith("google.")
+        assert type(session.credentials._inner).__module__.startswith("google.")
         assert session.credentials.token is None, "nothing was asked yet"
+
+
+class TokenEndpoint:
+    """Google's token endpoint as its reference prints it (https://developers.google.com/identity/protocols/oauth2)."""
+
+    def __init__(self) -> None:
+        self.asked_by: list[str] = []
+
+    def __call__(self, url: str, body: bytes, **_: Any) -> Any:
+        [assertion] = parse_qs(body.decode())["assertion"]
+        claims = assertion.split(".")[1]
+        self.asked_by.append(json.loads(base64.urlsafe_b64decode(claims + "=="))["iss"])
+        answer = json.dumps({"access_token": f"token-{len(self.asked_by)}", "expires_in": 3600})
+        return SimpleNamespace(status=200, headers={}, data=answer.encode())
+
+
+def test_a_profile_that_was_rotated_is_read_again_for_the_next_token(without_emulator: Path) -> None:
+    profile, google = without_emulator / "gcp.json", TokenEndpoint()
+    profile.write_text(json.dumps(key_file(client_email="old@project.iam.gserviceaccount.com")))
+    credentials = opened(without_emulator)._bucket._session.credentials
+    credentials.refresh(google)
+    assert (credentials.token, credentials.valid) == ("token-1", True)
+    profile.write_text("")  # somebody is writing it
+    credentials.refresh(google)
+    profile.write_text(json.dumps(key_file(client_email="new@project.iam.gserviceaccount.com")))
+    credentials.refresh(google)
+    assert credentials.token == "token-3"
+    assert [name.partition("@")[0] for name in google.asked_by] == ["old", "old", "new"]
+
+
+def test_a_token_that_is_refused_is_replaced_and_the_request_made_again(
+    gcs_world: GCSWorld, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The session does it for whoever has a token; that what is asked then is ours, the test above shows."""
+    refreshed: list[object] = []
+
+    class Rotated(gcs_credentials.MountedCredentials):
+        def __init__(self) -> None:
+            Credentials.__init__(self)
+
+        def refresh(self, request: object) -> None:
+            refreshed.append(request)
+            self.token = f"token-{len(refreshed)}"
+
+    monkeypatch.setattr(gcs_client, "make_credentials", lambda *_: Rotated())
+    monkeypatch.setattr(gcs, "choose_identity", lambda options: Identity(options.endpoint))
+    gcs_world.proxy.rules.append(Rule(UPLOAD, 401, times=1, after=4))
+    gcs_world.upload(source)
+    assert len(refreshed) == 2, "once to begin with, once after the refusal"
+    assert tree(gcs_world.download()) == tree(source)
 
 
 def source_of(**credential_source: Any) -> dict[str, Any]:

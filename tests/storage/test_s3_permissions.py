@@ -199,3 +199,61 @@ def test_seaweedfs_takes_the_policy_of_the_page_in_its_identity_file(tmp_path: P
         world.delete()
         assert world.paths() == []
         client.close()
+
+
+# ---- Keys that are rotated while a mover runs
+
+
+NOTHING = {
+    "Version": "2012-10-17",
+    "Statement": [{"Effect": "Allow", "Action": ["s3:GetObject"], "Resource": "arn:aws:s3:::another-bucket/*"}],
+}
+
+
+def rotate(folder: Path, user: lc.Identity) -> None:
+    """As Kubernetes does it: another folder with all the keys, then one rename."""
+    fresh = folder.with_name(f"{folder.name}-{user.access_key}")
+    credentials(fresh, user.access_key, user.secret_key)
+    link = folder.with_name(f"{folder.name}-next")
+    link.symlink_to(fresh)
+    os.replace(link, folder)
+
+
+@pytest.mark.parametrize("verb", ["start_upload", "put_part", "finish_upload", "list"])
+def test_keys_that_are_rotated_in_the_middle_of_an_upload_are_read_again(
+    admin: S3World, versitygw: lc.VersityGW, source: Path, verb: str
+) -> None:
+    name = f"{admin.work.name[:50]}-{verb}"
+    old, new = (versitygw.add_user(f"{name}-{which}", FULL) for which in ("old", "new"))
+    folder = admin.work / "mounted"
+    rotate(folder, old)
+    admin.options = admin.options.replace(credentials_directory=str(folder))
+    rotated: list[str] = []
+
+    def swap(what: str, _: str) -> None:
+        if what == verb and not rotated:
+            rotated.append(what)
+            rotate(folder, new)
+            versitygw.set_policy(old, NOTHING)
+
+    opened = admin.open(admin.uri())
+    admin.settings = lambda: ()  # type: ignore[method-assign]  # this store, whatever the folder says by now
+    admin._open = {(admin.bucket,): opened}
+    admin.cues.append(swap)
+    admin.upload(source)
+    assert rotated
+    assert tree(admin.download()) == tree(source)
+
+
+def test_keys_that_were_taken_away_are_used_until_the_store_refuses_them(admin: S3World, source: Path) -> None:
+    folder = admin.work / "credentials"
+
+    def take_away(verb: str, _: str) -> None:
+        if verb == "start_upload":
+            (folder / "AWS_SECRET_ACCESS_KEY").write_text("")
+
+    admin.cues.append(take_away)
+    admin.upload(source)
+    assert (folder / "AWS_SECRET_ACCESS_KEY").read_text() == ""
+    with refused(Reason.CREDENTIALS_MISSING):
+        admin.manager().get_metadata(str(admin.uri()))

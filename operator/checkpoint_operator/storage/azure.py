@@ -18,7 +18,6 @@ from azure.storage.blob import (
     BlobClient,
     BlobProperties,
     BlockState,
-    ContainerClient,
     ContentSettings,
     StandardBlobTier,
 )
@@ -28,10 +27,22 @@ from checkpoint_operator.api.protocol import TargetOptions
 from checkpoint_operator.api.uris import TargetURI
 from checkpoint_operator.storage import azure_blocks, marker
 from checkpoint_operator.storage.azure_blocks import BlockId
-from checkpoint_operator.storage.azure_connect import access_tier, connect
+from checkpoint_operator.storage.azure_connect import Container, access_tier
 from checkpoint_operator.storage.azure_errors import classify, code_of
 from checkpoint_operator.storage.errors import StorageError
-from checkpoint_operator.storage.store import Buffer, Entry, Part, Piece, Stat, Upload, UploadLost, Written
+from checkpoint_operator.storage.gate import Gate
+from checkpoint_operator.storage.store import (
+    Arrived,
+    Buffer,
+    Entry,
+    Part,
+    Piece,
+    Stat,
+    Upload,
+    UploadLost,
+    Written,
+    unheard,
+)
 
 OWNER = "artifactuid"
 """Metadata (x-ms-meta-artifactuid) by which a deletion knows its own blobs. Azure wants a C# identifier; and proxies drop
@@ -41,6 +52,9 @@ _TAKEN = ("BlobAlreadyExists", "ConditionNotMet")  # or a retry met what the fir
 _GONE = ("BlobNotFound",)
 _ETAG = re.compile(r'"[!#-~]*"')
 
+PAGE = 5000
+"""Blobs in one answer of a listing: as many as Azure gives at once."""
+
 Answer = TypeVar("Answer")
 
 
@@ -48,14 +62,14 @@ class AzureStore:
     """One container. See :class:`checkpoint_operator.storage.store.ObjectStore` for what each method promises."""
 
     def __init__(
-        self, container: ContainerClient, tier: StandardBlobTier | None = None, *, conditional: bool = True
+        self, container: Container, gate: Gate, tier: StandardBlobTier | None = None, *, conditional: bool = True
     ) -> None:
-        self._container = container
+        self._container, self.gate = container, gate
         self._tier = tier
         self._conditional = conditional
 
     def without_conditions(self) -> "AzureStore":
-        return AzureStore(self._container, self._tier, conditional=False)
+        return AzureStore(self._container, self.gate, self._tier, conditional=False)
 
     # ---- Markers
 
@@ -63,7 +77,7 @@ class AzureStore:
         def get() -> tuple[bytes, str]:
             stream = self._blob(key).download_blob(max_concurrency=1)
             if stream.size > marker.MAX_BYTES:
-                raise marker.too_large(stream.size, f"azure://{self._container.container_name}/{key}")
+                raise marker.too_large(stream.size, f"azure://{self._container.name}/{key}")
             return stream.readall(), _token(stream.properties.etag)
 
         return self._ask("read", key, get, instead_of=_GONE)
@@ -104,9 +118,18 @@ class AzureStore:
                 yield Entry(blob.name, blob.size, _token(blob.etag))
 
     def _walk(self, operation: str, prefix: str, include: str) -> Iterator[BlobProperties]:
-        blobs = iter(self._container.list_blobs(name_starts_with=prefix, include=[include], results_per_page=5000))
-        while (blob := self._ask(operation, prefix, lambda: next(blobs, None))) is not None:
-            yield blob
+        token: str | None = None
+
+        def page() -> tuple[list[BlobProperties], str | None]:
+            found = self._container.client.list_blobs(name_starts_with=prefix, include=[include], results_per_page=PAGE)
+            pages: Any = found.by_page(token)
+            return list(next(pages)), pages.continuation_token
+
+        while answer := self._ask(operation, prefix, page):
+            blobs, token = answer
+            yield from blobs
+            if not token:
+                return
 
     def stat(self, key: str) -> Stat | None:
         found = self._ask("head", key, self._blob(key).get_blob_properties, instead_of=_GONE)
@@ -148,19 +171,19 @@ class AzureStore:
         etag = seen[-1]
         return lists[0 if kind == "committed" else 1], _token(etag) if etag else None
 
-    def fetch(self, key: str, token: str, start: int, length: int) -> Buffer:
+    def fetch(self, key: str, token: str, start: int, into: memoryview, arrived: Arrived = unheard) -> None:
         def get() -> bytes:
-            if length == 0:  # no range says that
+            if not into:  # no range says that
                 self._blob(key).get_blob_properties(**_if_match(token))
                 return b""
-            stream = self._blob(key).download_blob(start, length, max_concurrency=1, **_if_match(token))
+            stream = self._blob(key).download_blob(start, len(into), max_concurrency=1, **_if_match(token))
             body: bytes = stream.readall()
             return body
 
         body = None
         if _ETAG.fullmatch(token):
             body = self._ask("fetch", key, get, instead_of=("ConditionNotMet", "InvalidRange", *_GONE))
-        if body is None or len(body) != length:
+        if body is None or len(body) != len(into):
             raise StorageError(
                 Reason.INTEGRITY_MISMATCH,
                 f"'{key}' is not the object that the manifest lists: it was replaced or removed",
@@ -168,7 +191,8 @@ class AzureStore:
                 operation="fetch",
                 path=key,
             )
-        return body
+        into[:] = body
+        arrived(0, len(into))
 
     # ---- Data
 
@@ -284,7 +308,7 @@ class AzureStore:
     # ---- Asking
 
     def _blob(self, key: str) -> BlobClient:
-        return self._container.get_blob_client(key)
+        return self._container.client.get_blob_client(key)
 
     def _if_absent(self) -> dict[str, Any]:
         return {"overwrite": not self._conditional}
@@ -301,12 +325,20 @@ class AzureStore:
         instead_of: Sequence[str] = (),
         lost: Sequence[str] = (),
     ) -> Answer | None:
-        """The answer to a request; None instead of the given error codes, :class:`UploadLost` for the others given."""
-        try:
-            return request()
-        except (AzureError, ValueError) as error:  # the SDK's ValueError: an answer that it does not understand
-            code = code_of(error)
-            failure = None if code in (*instead_of, *lost) else self._failure(error, operation, key)
+        """The answer to a request; None instead of the given error codes, :class:`UploadLost` for the others given.
+
+        A refusal is asked about once more where the credentials have been replaced meanwhile.
+        """
+        for is_last in (False, True):
+            client = self._container.client
+            try:
+                return request()
+            except (AzureError, ValueError) as error:  # the SDK's ValueError: an answer that it does not understand
+                code = code_of(error)
+                failure = None if code in (*instead_of, *lost) else self._failure(error, operation, key)
+            refused = failure is not None and failure.reason is Reason.CREDENTIALS_REFUSED
+            if is_last or not refused or not self._container.renew(client):
+                break
         # Outside of the except block and with no cause: an SDK's exception holds the request, whose URL may be signed.
         if failure is not None:
             raise failure
@@ -318,7 +350,7 @@ class AzureStore:
         reason, said, request_id = classify(error)
         return StorageError(
             reason,
-            f"{operation} of '{key}' in container '{self._container.container_name}' failed: {said}",
+            f"{operation} of '{key}' in container '{self._container.name}' failed: {said}",
             backend="azure",
             operation=operation,
             path=key,
@@ -340,10 +372,11 @@ def _content_md5(digest: bytes) -> dict[str, str]:
     return {"Content-MD5": base64.b64encode(digest).decode()}
 
 
-def open_azure(uri: TargetURI, options: TargetOptions) -> AzureStore:
-    """Connect to the container of a URI. Nothing is sent yet.
+def open_azure(uri: TargetURI, options: TargetOptions, streams: int) -> AzureStore:
+    """Connect to the container of a URI. Nothing is sent yet. ``streams``: requests that may be under way at once.
 
     Raises:
         StorageError: CredentialsMissing and InvalidSpec, before any request; BackendNotInstalled.
     """
-    return AzureStore(connect(uri, options), access_tier(options))
+    gate = Gate(streams)
+    return AzureStore(Container(uri.bucket, options, gate), gate, access_tier(options))

@@ -3,6 +3,9 @@
 import logging
 import os
 import re
+import threading
+from contextlib import suppress
+from typing import Any
 
 import requests
 from azure.core.credentials import AzureSasCredential, TokenCredential
@@ -12,48 +15,84 @@ from requests.adapters import HTTPAdapter
 
 from checkpoint_operator.api.errors import Reason
 from checkpoint_operator.api.protocol import TargetOptions
-from checkpoint_operator.api.uris import TargetURI
 from checkpoint_operator.storage import marker
 from checkpoint_operator.storage.azure_access import Access, find_access
 from checkpoint_operator.storage.errors import StorageError
+from checkpoint_operator.storage.gate import Gate
 
 _MIB = 1 << 20
 _CONNECTIONS = 32  # as many as the engine ever has requests under way
 
 
-def connect(uri: TargetURI, options: TargetOptions) -> ContainerClient:
-    """The client for the container of a URI. Nothing is sent yet.
+class Container:
+    """The client for one container, made anew once the credentials it was made with have been replaced.
 
-    Raises:
+    Raises, when it is made:
         StorageError: CredentialsMissing and InvalidSpec, before any request.
     """
-    if options.sse_kms_key_id:
-        raise _invalid("sseKMSKeyID is for s3://: on Azure set the container's default encryption scope instead")
-    access = find_access(options)
-    try:
-        return ContainerClient(
-            access.endpoint,
-            uri.bucket,
-            credential=_credential(access),
-            retry_policy=ExponentialRetry(initial_backoff=0, increment_base=2, retry_total=3, random_jitter_range=1),
-            transport=_transport(options),
-            # A marker must be one request, whatever its size: two writers' blocks could mix.
-            max_single_put_size=2 * marker.MAX_BYTES,
-            max_single_get_size=32 * _MIB,
-        )
-    except ValueError as error:
-        # The endpoint is no URL, or a token would go over plain http.
-        raise _invalid(f"the client for '{access.endpoint}' cannot be made: {error}") from error
+
+    def __init__(self, name: str, options: TargetOptions, gate: Gate) -> None:
+        if options.sse_kms_key_id:
+            raise _invalid("sseKMSKeyID is for s3://: on Azure set the container's default encryption scope instead")
+        self.name, self._options, self._gate = name, options, gate
+        self._renewing = threading.Lock()
+        self._access = find_access(options)
+        self.client = self._open()
+
+    def renew(self, refused: ContainerClient) -> bool:
+        """Whether there is another client than the refused one: by now, or because the credentials are others.
+
+        Credentials that are gone or not whole (somebody is writing them) are not taken.
+        """
+        with self._renewing:
+            if self.client is not refused:
+                return True
+            with suppress(StorageError):
+                access = find_access(self._options)
+                if access != self._access:
+                    self._access = access
+                    self.client = self._open()
+            return self.client is not refused
+
+    def _open(self) -> ContainerClient:
+        """The client; nothing is sent yet, and every request will pass the gate."""
+        access = self._access
+        try:
+            return ContainerClient(
+                access.endpoint,
+                self.name,
+                credential=_credential(access),
+                retry_policy=ExponentialRetry(initial_backoff=0, increment_base=2, retry_total=3, random_jitter_range=1),
+                transport=_transport(self._options, self._gate),
+                # A marker must be one request, whatever its size: two writers' blocks could mix.
+                max_single_put_size=2 * marker.MAX_BYTES,
+                max_single_get_size=32 * _MIB,
+            )
+        except ValueError as error:
+            # The endpoint is no URL, or a token would go over plain http.
+            raise _invalid(f"the client for '{access.endpoint}' cannot be made: {error}") from error
 
 
-def _transport(options: TargetOptions) -> RequestsTransport:
+class _Gated(RequestsTransport):  # type: ignore[misc]  # the SDK has no types for it
+    """Below the SDK's retries, so that nobody stands in the gate while a retry waits for its time."""
+
+    def __init__(self, gate: Gate, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._gate = gate
+
+    def send(self, request: Any, **settings: Any) -> Any:
+        with self._gate.passed():
+            response = super().send(request, **settings)
+        self._gate.answered(response.status_code)
+        return response
+
+
+def _transport(options: TargetOptions, gate: Gate) -> RequestsTransport:
     """The SDK's own, with more connections kept: by itself it keeps ten, and warns of each one that it throws away."""
     session = requests.Session()
     for scheme in ("http://", "https://"):
         session.mount(scheme, HTTPAdapter(pool_maxsize=_CONNECTIONS))
-    return RequestsTransport(
-        session=session, connection_timeout=20, read_timeout=60, connection_verify=options.ca_bundle or True
-    )
+    return _Gated(gate, session=session, connection_timeout=20, read_timeout=60, connection_verify=options.ca_bundle or True)
 
 
 def access_tier(options: TargetOptions) -> StandardBlobTier | None:

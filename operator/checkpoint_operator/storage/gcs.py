@@ -21,10 +21,22 @@ from checkpoint_operator.api.protocol import TargetOptions
 from checkpoint_operator.api.uris import TargetURI
 from checkpoint_operator.storage import gcs_crc32c, gcs_pieces, marker
 from checkpoint_operator.storage.errors import StorageError
+from checkpoint_operator.storage.gate import Gate
 from checkpoint_operator.storage.gcs_client import Bucket, Kind, Missing, Resource, Unmet, open_bucket
 from checkpoint_operator.storage.gcs_identity import choose_identity
 from checkpoint_operator.storage.gcs_pieces import OWNER, parse_piece, piece_metadata, piece_name
-from checkpoint_operator.storage.store import Buffer, Entry, Part, Piece, Stat, Upload, UploadLost, Written
+from checkpoint_operator.storage.store import (
+    Arrived,
+    Buffer,
+    Entry,
+    Part,
+    Piece,
+    Stat,
+    Upload,
+    UploadLost,
+    Written,
+    unheard,
+)
 
 MIB = 1 << 20
 PART_SIZE = 16 * MIB
@@ -51,6 +63,11 @@ class GCSStore:
         # An upload is nothing in the store before its first piece is there, so until then only we know whose it is.
         self._owners: dict[str, str] = {}
         self._bucket_seen = False
+
+    @property
+    def gate(self) -> Gate:
+        """Of the requests that have a body."""
+        return self._bucket.gate
 
     def without_conditions(self) -> "GCSStore":
         return GCSStore(self._bucket, storage_class=self._storage_class, conditional=False)
@@ -128,16 +145,17 @@ class GCSStore:
         found = self._bucket.get(key)
         return Stat(found.size, found.generation, found.crc32c, found.metadata.get(OWNER)) if found else None
 
-    def fetch(self, key: str, token: str, start: int, length: int) -> Buffer:
-        if length == 0:
-            return b""
+    def fetch(self, key: str, token: str, start: int, into: memoryview, arrived: Arrived = unheard) -> None:
+        if not into:
+            return
         try:
-            data, generation, _ = self._bucket.fetch(key, token, (start, length))
+            data, generation, _ = self._bucket.fetch(key, token, (start, len(into)))
         except Missing as error:
             raise self._other_version(key) from error
-        if generation != token or len(data) != length:
+        if generation != token or len(data) != len(into):
             raise self._other_version(key)
-        return data
+        into[:] = data
+        arrived(0, len(into))
 
     def _other_version(self, key: str) -> StorageError:
         return StorageError(
@@ -314,14 +332,21 @@ class GCSStore:
         return part.size == len(body) and part.digest == digest
 
 
-def open_gcs(uri: TargetURI, options: TargetOptions, workers: int) -> GCSStore:
-    """Connect to the bucket of a URI. Nothing is sent yet.
+def open_gcs(uri: TargetURI, options: TargetOptions, streams: int) -> GCSStore:
+    """Connect to the bucket of a URI. Nothing is sent yet. ``streams``: bodies that may be under way at once.
 
     Raises:
         StorageError: CredentialsMissing; InvalidSpec for an endpoint to which no token may be sent.
     """
     # Each caller composes and removes in threads of its own.
-    bucket = open_bucket(uri.bucket, choose_identity(options), options, workers * _AT_ONCE)
+    bucket = open_bucket(
+        uri.bucket,
+        choose_identity(options),
+        lambda: choose_identity(options),
+        options,
+        streams=streams,
+        connections=streams * _AT_ONCE,
+    )
     return GCSStore(bucket, storage_class=options.storage_class)
 
 

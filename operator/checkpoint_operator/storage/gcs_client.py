@@ -1,4 +1,4 @@
-"""One bucket of Google Cloud Storage: the only file that touches Google's client.
+"""One bucket of Google Cloud Storage: the file that touches Google's client.
 
 Signing, tokens, retries and the JSON of small requests are Google's. The bodies are sent and fetched here, over the same
 authorised session: the client turns whatever is larger than 8 MiB into a resumable session, whose URI is a bearer secret,
@@ -12,15 +12,12 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn, TypeVar
 from urllib.parse import quote
 
-import google.auth
 from google.api_core.exceptions import GoogleAPICallError, NotFound, PreconditionFailed, RetryError, from_http_response
-from google.auth.credentials import AnonymousCredentials, Credentials
+from google.auth.credentials import Credentials
 from google.auth.exceptions import DefaultCredentialsError, GoogleAuthError, MalformedError, TransportError
-from google.auth.identity_pool import Credentials as FederatedCredentials
 from google.auth.transport.requests import AuthorizedSession, Request
 from google.cloud import storage
 from google.cloud.storage.retry import DEFAULT_RETRY
-from google.oauth2.service_account import Credentials as ServiceAccountCredentials
 from requests import RequestException, Response, Session
 from requests.adapters import HTTPAdapter
 from urllib3.exceptions import HTTPError
@@ -28,10 +25,11 @@ from urllib3.exceptions import HTTPError
 from checkpoint_operator.api.errors import Reason
 from checkpoint_operator.api.protocol import TargetOptions
 from checkpoint_operator.storage.errors import StorageError
+from checkpoint_operator.storage.gate import Gate
+from checkpoint_operator.storage.gcs_credentials import make_credentials
 from checkpoint_operator.storage.gcs_identity import Identity
 from checkpoint_operator.storage.store import Buffer
 
-SCOPE = "https://www.googleapis.com/auth/devstorage.read_write"
 TIMEOUT = (10.0, 60.0)
 """Seconds to connect, or to send 256 KiB, and seconds without a byte of an answer."""
 DEADLINE = 120.0
@@ -113,9 +111,17 @@ class Bucket:
     """
 
     def __init__(
-        self, name: str, session: AuthorizedSession, credentials: Credentials, endpoint: str, kms_key: str | None
+        self,
+        name: str,
+        session: AuthorizedSession,
+        credentials: Credentials,
+        endpoint: str,
+        kms_key: str | None,
+        *,
+        gate: Gate,
     ) -> None:
         self.name = name
+        self.gate = gate  # of the requests that have a body, either way
         self._endpoint, self._session, self._kms_key = endpoint, session, kms_key
         client = storage.Client(
             project="unused", credentials=credentials, _http=session, client_options={"api_endpoint": endpoint}
@@ -229,7 +235,18 @@ class Bucket:
         self._call("delete", key, lambda: blob.delete(if_generation_match=condition, timeout=TIMEOUT, retry=self._retry))
 
     def _retrying(self, work: Callable[[], Answer]) -> Callable[[], Answer]:
-        again: Callable[[], Answer] = self._retry(work)
+        """The same with retries, each of which waits for its turn at the gate."""
+
+        def once() -> Answer:
+            with self.gate.passed():
+                answer = work()
+            self.gate.went_well()
+            return answer
+
+        def failed(error: Exception) -> None:
+            self.gate.answered(int(getattr(error, "code", None) or 0))
+
+        again: Callable[[], Answer] = self._retry(once, on_error=failed)
         return again
 
     def _call(self, operation: str, key: str, work: Callable[[], Answer]) -> Answer:
@@ -341,15 +358,25 @@ def classify(error: BaseException) -> tuple[Reason, str, str | None]:
     return Reason.REQUEST_REJECTED, str(error), None
 
 
-def open_bucket(name: str, identity: Identity, options: TargetOptions, workers: int) -> Bucket:
-    """Connect to a bucket. Nothing is sent yet.
+def open_bucket(
+    name: str,
+    identity: Identity,
+    read_again: Callable[[], Identity],
+    options: TargetOptions,
+    *,
+    streams: int,
+    connections: int,
+) -> Bucket:
+    """Connect to a bucket. Nothing is sent yet. ``streams``: bodies that may be under way at once.
+
+    ``read_again`` gives the identity as it is by then: a mounted profile may be replaced while the bucket is in use.
 
     Raises:
         StorageError: CredentialsMissing.
     """
     plain = Session()  # for tokens: the authorised one would ask itself for them
     try:
-        credentials = _credentials(identity)
+        credentials = make_credentials(identity, read_again)
     except (GoogleAuthError, ValueError) as error:
         # Not chained: the library quotes what it could not read.
         raise StorageError(
@@ -362,19 +389,6 @@ def open_bucket(name: str, identity: Identity, options: TargetOptions, workers: 
         one.trust_env = not identity.anonymous  # an emulator on loopback is never behind a proxy
         if options.ca_bundle:
             one.verify = options.ca_bundle
-        one.mount("https://", HTTPAdapter(pool_maxsize=workers + 2))
-        one.mount("http://", HTTPAdapter(pool_maxsize=workers + 2))
-    return Bucket(name, session, credentials, identity.endpoint, options.sse_kms_key_id)
-
-
-def _credentials(identity: Identity) -> Credentials:
-    found: Credentials
-    if identity.anonymous:
-        found = AnonymousCredentials()
-    elif identity.profile is None:
-        found, _ = google.auth.default(scopes=[SCOPE])
-    elif identity.profile["type"] == "service_account":
-        found = ServiceAccountCredentials.from_service_account_info(identity.profile, scopes=[SCOPE])
-    else:
-        found = FederatedCredentials.from_info(identity.profile, scopes=[SCOPE])
-    return found
+        one.mount("https://", HTTPAdapter(pool_maxsize=connections + 2))
+        one.mount("http://", HTTPAdapter(pool_maxsize=connections + 2))
+    return Bucket(name, session, credentials, identity.endpoint, options.sse_kms_key_id, gate=Gate(streams))

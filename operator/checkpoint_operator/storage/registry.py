@@ -46,7 +46,7 @@ def AzureBlobStorageBackend(options: TargetOptions) -> ObjectStoreBackend:  # no
     """Artifacts on Azure Blob Storage. Raises BackendNotInstalled where azure-storage-blob is missing."""
     with _extra(Scheme.AZURE, "azure", "azure-storage-blob"):
         from checkpoint_operator.storage.azure import open_azure
-    return ObjectStoreBackend(_once_per_bucket(lambda uri: open_azure(uri, options)))
+    return ObjectStoreBackend(_once_per_bucket(lambda uri: open_azure(uri, options, STREAMS)))
 
 
 def open_backend(scheme: str, options: TargetOptions) -> StorageBackend:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, cast
 from urllib.parse import parse_qs, urlsplit
 
 from botocore.config import Config
-from botocore.credentials import Credentials
 from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
 from botocore.httpsession import get_cert_path
 
@@ -18,6 +17,7 @@ from checkpoint_operator.api.protocol import TargetOptions
 from checkpoint_operator.api.uris import TargetURI
 from checkpoint_operator.storage import listing
 from checkpoint_operator.storage.errors import StorageError
+from checkpoint_operator.storage.s3_keys import MountedKeys
 from checkpoint_operator.storage.s3_wire import CONNECT_SECONDS, STALL_SECONDS, Wire
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 class Connection:
     """botocore's client for one bucket, and beside it the wire for the bodies; each is opened at first use."""
 
-    def __init__(self, bucket: str, options: TargetOptions, keys: dict[str, str], streams: int) -> None:
+    def __init__(self, bucket: str, options: TargetOptions, keys: MountedKeys | None, streams: int) -> None:
         self.bucket, self.options = bucket, options
         self._keys, self._streams = keys, streams
         self._endpoint = options.endpoint or _endpoint_alias()
@@ -66,13 +66,13 @@ class Connection:
         """Whether everything about the wire was said: then it need not wait for botocore's client, which takes a third of
         a second of CPU to make; a download needs none."""
         said = self.options.endpoint and self.options.force_path_style and self.options.region
-        return bool(said and self._keys)
+        return bool(said) and self._keys is not None
 
     def _open_plain_wire(self) -> Wire:
+        assert self._keys is not None
         endpoint = (self.options.endpoint or "").rstrip("/")
-        credentials = Credentials(*self._given())
         tls = self._trust(None) if urlsplit(endpoint).scheme == "https" else None
-        return Wire(f"{endpoint}/{self.bucket}", credentials, self.options.region or "", tls, limit=self._streams)
+        return Wire(f"{endpoint}/{self.bucket}", self._keys, self.options.region or "", tls, limit=self._streams)
 
     def _open_wire(self, client: "S3Client") -> Wire:
         """Where botocore sends this bucket's requests (endpoint rules, path or virtual style, the region that it was
@@ -88,9 +88,6 @@ class Connection:
         if credentials is None:
             raise NoCredentialsError
         return Wire(base, credentials, region, tls, limit=self._streams)
-
-    def _given(self) -> tuple[str, str, str | None]:
-        return self._keys["AWS_ACCESS_KEY_ID"], self._keys["AWS_SECRET_ACCESS_KEY"], self._keys.get("AWS_SESSION_TOKEN")
 
     def _trust(self, configured: str | None) -> ssl.SSLContext:
         path = self.options.ca_bundle or configured or str(get_cert_path(True))
@@ -108,7 +105,7 @@ class Connection:
             # Nobody reads the times in a listing, and parsing them takes longer than all the rest of it.
             session.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=str)
             if self._keys:
-                session.set_credentials(*self._given())
+                session.register_component("credential_provider", self._keys)
             bundle = options.ca_bundle or session.get_config_variable("ca_bundle")
             if bundle:
                 self._trust(bundle)
@@ -144,37 +141,16 @@ def connect(uri: TargetURI, options: TargetOptions, streams: int) -> Connection:
     Raises:
         StorageError: CredentialsMissing, before any request, where only a profile may be used and it holds no keys.
     """
-    return Connection(uri.bucket, options, _read_credentials(options), streams)
+    return Connection(uri.bucket, options, _find_keys(options), streams)
 
 
-def _read_credentials(options: TargetOptions) -> dict[str, str]:
-    if options.credentials_directory is None:
-        if not options.allow_ambient_credentials:
-            raise StorageError(
-                Reason.CREDENTIALS_MISSING, "no credential profile is configured for this target", backend="s3"
-            )
-        return {}
-    folder, found = Path(options.credentials_directory), {}
-    for name, required in (("AWS_ACCESS_KEY_ID", True), ("AWS_SECRET_ACCESS_KEY", True), ("AWS_SESSION_TOKEN", False)):
-        try:
-            value = (folder / name).read_text().strip()
-        except OSError as error:
-            if required:
-                raise StorageError(
-                    Reason.CREDENTIALS_MISSING, f"the credentials have no key '{name}'", backend="s3"
-                ) from error
-            continue
-        except UnicodeDecodeError:
-            # Not chained: that exception holds the bytes.
-            value = ""
-        if value.isascii() and value.isprintable() and value:
-            found[name] = value
-        elif required or value:
-            # An empty key would make boto3 look for other credentials: those of the process.
-            raise StorageError(
-                Reason.CREDENTIALS_MISSING, f"the credentials' key '{name}' is empty, or no line of text", backend="s3"
-            )
-    return found
+def _find_keys(options: TargetOptions) -> MountedKeys | None:
+    """None: botocore looks for the identity of the process."""
+    if options.credentials_directory is not None:
+        return MountedKeys(Path(options.credentials_directory))
+    if not options.allow_ambient_credentials:
+        raise StorageError(Reason.CREDENTIALS_MISSING, "no credential profile is configured for this target", backend="s3")
+    return None
 
 
 def _endpoint_alias() -> str | None:
