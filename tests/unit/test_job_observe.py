@@ -277,7 +277,11 @@ CASES: dict[str, tuple[MoverState, type[Any], dict[str, Any]]] = {
         FinishedMover,
         {"stopped": StopReason.REPLANNED, "ran": False},
     ),
-    "a Job that is gone, with what its pod said, is nobody": (state(job(gone=True)), NoMover, {}),
+    "a Job that is gone, with what its pod said, is lost": (
+        state(job(gone=True)),
+        FinishedMover,
+        {"failure.reason": Reason.POD_LOST},
+    ),
     "a node that went silent under a mover disrupted it": (
         state(job(), pod(state=RUNNING, metadata=DELETED["metadata"]), nodes={"pod-uid": Node.SILENT}),
         FinishedMover,

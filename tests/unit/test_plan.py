@@ -343,14 +343,14 @@ CASES: dict[str, Case] = {
         mover=seen_from_outside(Reason.MOVER_DISRUPTED),
         facts={"status.phase": "Waiting", "status.attempts": 2},
     ),
-    "a Job that is gone without a word is made again, later, and counts": Case(
+    "a Job that was never made, or is gone since before this operator, is made again, later, and nothing is counted": Case(
         artifact(job()),
         Record,
         kind="Job",
         facts={
             "status.phase": "Waiting",
-            "status.failure.reason": "PodLost",
-            "status.attempts": 1,
+            "status.failure.reason": "MoverDisrupted",
+            "status.attempts": 0,
             "status.mover.done": True,
         },
     ),

@@ -372,8 +372,8 @@ def _plan_start(seen: Observed, mover: NoMover, policy: Policy, now: datetime) -
         return Record(status, Event(seen.refusal.reason, seen.refusal.message, warning=True))
     job = before.mover if before.mover and before.mover.kind == "Job" and not before.mover.done else None
     if job and before.phase in (Phase.UPLOADING, Phase.VERIFYING):
-        # It was started, and there is no such Job (any more): somebody deleted it, or it was never made.
-        gone = Failure(reason=Reason.POD_LOST, message=f"Job {job.name} is gone, and so is what its mover said")
+        # An operator ended between the status and the Job; or somebody deleted it while there was no operator.
+        gone = Failure(reason=Reason.MOVER_DISRUPTED, message=f"there is no Job {job.name} (any more); another one is made")
         return _plan_after_failure(seen, gone, policy, now)
     asked = _new_request(artifact)
     if (retry_at := before.next_retry_time) and before.phase == Phase.WAITING and retry_at > now and not asked:

@@ -88,7 +88,7 @@ class JobExecutor:
         self._refused: dict[Key, Failure] = {}
         self._nodes: dict[str, Node] = {}
         self._node_memory: dict[str, tuple[Node, datetime]] = {}
-        self._log_due: dict[str, datetime] = {}
+        self._look_due: dict[str, datetime] = {}
 
     # What is there
 
@@ -110,7 +110,7 @@ class JobExecutor:
         self._missing.clear()
         running = {pod.uid for pod in self.cache.pods() if not pod.over}
         self._nodes = {uid: node for uid, node in self._nodes.items() if uid in running}
-        self._log_due = {uid: due for uid, due in self._log_due.items() if uid in running}
+        self._look_due = {uid: due for uid, due in self._look_due.items() if uid in running}
 
     def artifacts(self) -> set[Key]:
         """(namespace, name) of every artifact that a Job is there for: those without a use for it shall delete it."""
@@ -290,27 +290,40 @@ class JobExecutor:
         self.cache.forget(job)
         self._told.pop((job.namespace, job.name), None)
         for pod in self.cache.pods_of(job.namespace, job.owner_uid or ""):
-            self._log_due.pop(pod.uid, None)
+            self._look_due.pop(pod.uid, None)
 
     # Progress
 
     async def follow(self) -> None:
-        """Read the logs of running movers, now and then; runs for ever. What cannot be read is tried again later."""
-        turn = asyncio.Semaphore(LOG_READERS)
-        while self._rules.progress_from_logs:
+        """Look at what no watch tells of: running movers' logs, pods that should have ended. Runs for ever."""
+        turn, reads_logs = asyncio.Semaphore(LOG_READERS), self._rules.progress_from_logs
+        while True:
             await asyncio.sleep(1)
-            running = [(job, pod) for pod in self.cache.pods() if (job := self._runs_for(pod)) is not None]
-            every = timedelta(seconds=max(LOG_EVERY, len(running) / LOGS_PER_SECOND))
-            now = self._now()
-            due = [(job, pod) for job, pod in running if self._log_due.get(pod.uid, now) <= now]
-            for _, pod in due:
-                self._log_due[pod.uid] = now + every
-            try:
-                await asyncio.gather(*(self._read_progress(job, pod, turn, every) for job, pod in due))
-            except Forbidden as error:
-                _log.warning("progress is not shown, the right pods/log is missing: %s", error)
-                self._told = {key: replace(told, moved_at=None) for key, told in self._told.items()}
-                return
+            self._call_for_doubtful()
+            if reads_logs:
+                try:
+                    await self._read_logs(turn)
+                except Forbidden as error:
+                    _log.warning("progress is not shown, the right pods/log is missing: %s", error)
+                    self._told = {key: replace(told, moved_at=None) for key, told in self._told.items()}
+                    reads_logs = False
+
+    def _call_for_doubtful(self) -> None:
+        """Nobody tells of a node that went silent: have the artifacts of its pods looked at."""
+        now = self._now()
+        for pod in self.cache.pods():
+            if self._is_in_doubt(pod) and self._look_due.get(pod.uid, now) <= now:
+                self._look_due[pod.uid] = now + NODE_MEMORY
+                self._notify((pod.namespace, pod.artifact_name))
+
+    async def _read_logs(self, turn: asyncio.Semaphore) -> None:
+        running = [(job, pod) for pod in self.cache.pods() if (job := self._runs_for(pod)) is not None]
+        every = timedelta(seconds=max(LOG_EVERY, len(running) / LOGS_PER_SECOND))
+        now = self._now()
+        due = [(job, pod) for job, pod in running if self._look_due.get(pod.uid, now) <= now]
+        for _, pod in due:
+            self._look_due[pod.uid] = now + every
+        await asyncio.gather(*(self._read_progress(job, pod, turn, every) for job, pod in due))
 
     def _runs_for(self, pod: PodView) -> JobView | None:
         """The Job of a pod whose mover runs, if both are what they say."""

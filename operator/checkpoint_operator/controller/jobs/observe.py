@@ -231,7 +231,7 @@ def _observe(
         return _nobody(others, nodes)
     pod = _chosen(own)
     if pod is None:
-        return _without_pod(job, others, told, nodes)
+        return _without_pod(job, told)
     if pod.over:
         return _ended(job, pod, told, operation, target_uri)
     match nodes.get(pod.uid, Node.FINE):
@@ -265,11 +265,11 @@ def _nobody(others: Sequence[PodView], nodes: dict[str, Node]) -> MoverState:
     return NoMover()
 
 
-def _without_pod(job: JobView, others: Sequence[PodView], told: Told, nodes: dict[str, Node]) -> MoverState:
+def _without_pod(job: JobView, told: Told) -> MoverState:
     if job.gone:
         if told.stopping:
             return FinishedMover(STOPPED_EXIT, None, told.stopping, ran=False)
-        return _nobody(others, nodes)
+        return FinishedMover(KILLED_EXIT, None, failure=_lost(f"Job {job.name} was deleted before its mover had ended"))
     if job.deleting or told.stopping:
         return RunningMover(told.progress, told.moved_at, told.stopping or StopReason.SHUTDOWN)
     if job.failed is not None:
