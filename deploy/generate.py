@@ -8,14 +8,17 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import yaml
 from manifests import Dumper, plain_manifests
+from pydantic import TypeAdapter
 
 from checkpoint_operator import __version__
 from checkpoint_operator.api.errors import CODES, FAILURES, ErrorCode, ExitCode, Reason
 from checkpoint_operator.controller import crds
 from checkpoint_operator.controller.config import ENV_PREFIX, Settings
+from checkpoint_operator.controller.config_jobs import JobRules
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -54,6 +57,23 @@ def settings_table() -> str:
     return "\n".join(lines)
 
 
+def rules_table() -> str:
+    lines = ["| key | default | what it is |", "|---|---|---|"]
+    for field in JobRules.model_fields.values():
+        value = "(required)" if field.is_required() else _yaml(field.get_default(call_default_factory=True))
+        lines.append(f"| `{field.alias}` | {value} | {field.description} |")
+    return "\n".join(lines)
+
+
+def _yaml(value: object) -> str:
+    """A default as an admin would write it, in one line."""
+    plain = TypeAdapter(Any).dump_python(value, mode="json", by_alias=True, exclude_none=True)
+    if plain in (None, "", [], {}):
+        return ""
+    line = yaml.safe_dump(plain, default_flow_style=True, sort_keys=False, width=1000).strip()
+    return f"`{line.removesuffix('...').strip()}`"  # the end of a document, after a scalar
+
+
 def _with_table(path: Path, table: str) -> str:
     """The page with the part between its two comments replaced."""
     begin, end = "<!-- generated: begin -->", "<!-- generated: end -->"
@@ -69,6 +89,7 @@ def generated() -> Iterator[tuple[Path, str]]:
     """(path, content) of every generated file but the manifests, which need Helm."""
     yield ROOT / "crds" / "checkpointartifacts.yaml", crd()
     yield ROOT / "docs" / "failures.md", _with_table(ROOT / "docs" / "failures.md", failures_table())
+    yield ROOT / "docs" / "jobs.md", _with_table(ROOT / "docs" / "jobs.md", rules_table())
     yield ROOT / "docs" / "configuration.md", _with_table(ROOT / "docs" / "configuration.md", settings_table())
 
 

@@ -67,11 +67,15 @@ class JobRules(FileModel):
     image: Annotated[str, StringConstraints(min_length=1, max_length=1024, pattern=r"^[^\s]+$")] = Field(
         description="The mover's image. Users cannot choose it."
     )
-    image_pull_policy: Literal["Always", "IfNotPresent", "Never"] = "IfNotPresent"
+    image_pull_policy: Literal["Always", "IfNotPresent", "Never"] = Field(
+        default="IfNotPresent", description="When nodes fetch it."
+    )
     image_pull_secrets: dict[str, tuple[Name, ...]] = Field(
         default_factory=dict, description="Names of pull Secrets by namespace of the artifact; '*' for all others."
     )
-    resources: ResourceDefaults = Field(default_factory=ResourceDefaults)
+    resources: ResourceDefaults = Field(
+        default_factory=ResourceDefaults, description="What a mover gets where spec.mover.resources is silent."
+    )
     max_resources: Amounts = Field(
         default={"cpu": "4", "memory": "4Gi", "ephemeral-storage": "1Gi"},
         description="The most that spec.mover.resources may ask for, in requests and in limits.",
@@ -112,7 +116,7 @@ class JobRules(FileModel):
         default=None, description="PEM of the authorities that movers trust instead of the system's."
     )
     ca_bundle_file: Path | None = Field(default=None, description="The same in a file, read once at the start.")
-    proxy: Proxy = Field(default_factory=Proxy)
+    proxy: Proxy = Field(default_factory=Proxy, description="The movers' proxy: httpProxy, httpsProxy, noProxy.")
     progress_from_logs: bool = Field(
         default=True, description="Read progress from the pods' logs (needs pods/log); else only the result is known."
     )
