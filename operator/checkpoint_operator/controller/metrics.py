@@ -15,6 +15,7 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from checkpoint_operator.api.artifact import CheckpointArtifact
+from checkpoint_operator.api.errors import FAILURES
 from checkpoint_operator.api.protocol import Operation
 from checkpoint_operator.api.status import ArtifactStatus, Phase
 from checkpoint_operator.controller.scheduling import Hindrance, Limits, Places
@@ -76,6 +77,19 @@ class Metrics:
             registry=registry,
         )
         self._limits_valid.set(1)
+        self._begin_at_zero()
+
+    def _begin_at_zero(self) -> None:
+        """A counter that appears with its first count shows no increase then, and an alert would miss the first failure."""
+        for operation in Operation:
+            self._starts.labels(operation)
+            self._runs.labels(operation)
+            for reason in FAILURES:
+                self._retries.labels(operation, reason)
+        for reason in FAILURES:
+            self._finished.labels(Phase.FAILED, reason)
+        for kind in ("Conflict", "API", "Bug"):
+            self._errors.labels(kind)
 
     def called(self, method: str, url: str, code: int) -> None:
         """A request to the API server was answered; code 0: it was not."""
