@@ -157,6 +157,14 @@ def test_a_deletion_in_a_claim_runs_as_who_stored_there_whoever_mounts_it_now() 
     assert placed(reader, of=before, operation=Operation.DELETE).run_as_user == 2000
 
 
+def test_a_deletion_in_a_store_needs_nobodys_files_and_so_no_root() -> None:
+    before = artifact(status={"mover": {"kind": "Job", "name": "ckpt-x-1", "runAsUser": 0}})
+    assert placed(of=before, operation=Operation.DELETE).run_as_user == 65532
+    into_claim = artifact(target=to_file(), status={"mover": {"kind": "Job", "name": "ckpt-x-1", "runAsUser": 0}})
+    assert failed(of=into_claim, operation=Operation.DELETE).reason is Reason.SOURCE_UNREADABLE
+    assert placed(of=into_claim, operation=Operation.DELETE, namespace=ALLOWS_ROOT).run_as_user == 0
+
+
 @pytest.mark.parametrize("garbage", ["1000", -1, True, 2**31, 1.5, None, {"uid": 1}])
 def test_what_is_no_user_is_no_user(garbage: Any) -> None:
     assert placed(pod(seen={"uid": garbage})).run_as_user == 65532

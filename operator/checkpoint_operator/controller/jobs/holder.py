@@ -135,7 +135,7 @@ def _place(
     pin = next(iter(nodes.values()), None)
     # Movers tell nothing about the files: they run as whom we chose.
     known = [one for held in holders.values() for one in held if not one.is_mover]
-    user, user_from, group = _choose_user(artifact, operation, known, rules)
+    user, user_from, group = _choose_user(artifact, operation, known, rules, mounts=bool(holders))
     if user == 0 and not _says_true(namespace, names.ANNOTATION_ALLOW_ROOT):
         return Failure(
             reason=Reason.SOURCE_UNREADABLE,
@@ -158,7 +158,7 @@ def _place(
 
 
 def _choose_user(
-    artifact: CheckpointArtifact, operation: Operation, known: Sequence[_Holder], rules: JobRules
+    artifact: CheckpointArtifact, operation: Operation, known: Sequence[_Holder], rules: JobRules, *, mounts: bool
 ) -> tuple[int, str, int]:
     """(user, where that comes from, group). Group 0 is nobody's to have: the default group reads no less of one's own."""
     witness = next((one for one in known if one.user is not None), None)
@@ -167,6 +167,8 @@ def _choose_user(
     if chosen is not None:
         same = next((one.group for one in known if one.user == chosen), None)
         return chosen, "spec.mover.runAsUser", same or rules.default_user
+    if not mounts:
+        return rules.default_user, "the default, since no claim is mounted", rules.default_user
     if last is not None and (operation is Operation.DELETE or witness is None):
         # What a mover wrote to a file:// target is its user's, whoever holds the claim by now.
         return last, "the mover before", rules.default_user
