@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import kopf
@@ -24,6 +25,16 @@ class _NoDiffBase(kopf.DiffBaseStorage):
         return None
 
 
+def login_in_pod(**kwargs: Any) -> kopf.ConnectionInfo | None:
+    """kopf's own, but by the address that every pod is told, as other clients do: kopf goes by the server's name, and would
+    depend on the cluster's DNS."""
+    found = kopf.login_with_service_account(**kwargs)
+    host, port = os.environ.get("KUBERNETES_SERVICE_HOST"), os.environ.get("KUBERNETES_SERVICE_PORT", "443")
+    if found is None or not host:
+        return found
+    return replace(found, server=f"https://[{host}]:{port}" if ":" in host else f"https://{host}:{port}")
+
+
 def register(registry: kopf.OperatorRegistry, reconciler: Reconciler, jobs: JobExecutor | None) -> None:
     """Watch CheckpointArtifacts, and with the Job executor the Jobs and pods of movers; whatever happens to one, the
     artifact's key is looked at."""
@@ -33,7 +44,7 @@ def register(registry: kopf.OperatorRegistry, reconciler: Reconciler, jobs: JobE
         # As kube.connect() chooses: both must talk to one cluster.
         if os.environ.get("KUBECONFIG"):
             return kopf.login_with_kubeconfig(**kwargs)
-        return kopf.login_with_service_account(**kwargs) or kopf.login_with_kubeconfig(**kwargs)
+        return login_in_pod(**kwargs) or kopf.login_with_kubeconfig(**kwargs)
 
     @kopf.on.event(names.GROUP, names.VERSION, names.PLURAL, registry=registry)
     def artifact_event(event: Mapping[str, Any], **_: Any) -> None:
