@@ -16,13 +16,14 @@ RUN python3 -m venv --without-pip /opt/checkpoint-operator \
     && python3 -m venv --without-pip /opt/build \
     && python3 -m pip --python /opt/build/bin/python3 install --no-cache-dir --no-deps \
         --only-binary :all: --require-hashes -r requirements/build.txt
+COPY deploy/image/rootfs.py deploy/image/
+RUN python3 deploy/image/rootfs.py base /opt/checkpoint-operator /base
 COPY pyproject.toml README.md ./
 COPY operator/ operator/
 RUN /opt/build/bin/python3 -m hatchling build -t wheel -d /opt/wheel \
     && python3 -m pip --python /opt/checkpoint-operator/bin/python3 install --no-cache-dir --no-compile --no-deps --no-index \
-        /opt/wheel/*.whl
-COPY deploy/image/rootfs.py deploy/image/
-RUN python3 deploy/image/rootfs.py /opt/checkpoint-operator /rootfs
+        /opt/wheel/*.whl \
+    && python3 deploy/image/rootfs.py package /opt/checkpoint-operator /package
 
 FROM scratch
 ARG PYTHON_IMAGE
@@ -33,11 +34,14 @@ LABEL org.opencontainers.image.title="checkpoint-operator" \
       org.opencontainers.image.version="${VERSION}" \
       org.opencontainers.image.revision="${REVISION}" \
       org.opencontainers.image.base.name="${PYTHON_IMAGE}"
-COPY --from=build /rootfs/ /
+COPY --from=build /base/ /
+COPY --from=build /package/ /
 # Bytecode is in the image; /tmp is the one place that may be written (a volume, where the root is read-only).
+# No plugin of pydantic is looked for: every start would read the metadata of all packages for it.
 ENV PATH=/opt/checkpoint-operator/bin \
     HOME=/tmp \
     LANG=C.UTF-8 \
+    PYDANTIC_DISABLE_PLUGINS=__all__ \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONSAFEPATH=1 \
     PYTHONUNBUFFERED=1 \

@@ -1,8 +1,9 @@
 """Lays out the root of the image: one Python, one environment, the libraries that both need, and nothing else.
 
-``rootfs.py ENVIRONMENT ROOT`` runs in the build stage of the Dockerfile, with the base image's own Python and its standard
-library alone. What a scanner needs to know what is inside stays: the environment's dist-info, and dpkg's record and
-copyright of every package that a library came from.
+It runs in the build stage of the Dockerfile, with the base image's own Python and its standard library alone:
+``rootfs.py base ENVIRONMENT ROOT`` before our package is in the environment, ``rootfs.py package ENVIRONMENT ROOT`` after.
+So what is large and changes seldom is a layer of its own, the same at every build. What a scanner needs to know what is
+inside stays: the environment's dist-info, and dpkg's record and copyright of every package that a library came from.
 """
 
 import compileall
@@ -13,11 +14,12 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from fnmatch import fnmatch
 from pathlib import Path
 
 USER, UID = "checkpoint", 65532
+PACKAGE = "checkpoint_operator"
 COMMANDS = {"operator": "checkpoint-operator", "mover": "checkpoint-mover"}
 
 # Of the standard library: what installs, tests and draws, and the bindings to libraries that nothing here calls.
@@ -29,6 +31,9 @@ STDLIB_WITHOUT = (
 )
 # botocore describes every service of AWS; these are S3, and those that may be asked for its keys.
 BOTOCORE_SERVICES = frozenset({"s3", "sts", "sso", "sso-oidc", "signin"})
+# What compilers and type checkers read.
+UNUSED = ("*.pyi", "*.pyx", "*.pxd", "*.c", "*.h", "*.a")
+EPOCH = 315532800  # 1980-01-01, the earliest that a zip file can say
 
 
 def copy_python(root: Path) -> None:
@@ -40,24 +45,29 @@ def copy_python(root: Path) -> None:
 
 
 def copy_environment(environment: Path, root: Path) -> None:
-    """The environment, with our commands under their short names, without anybody else's and without activation scripts."""
+    """The environment, without anybody's commands and without activation scripts."""
     target = _inside(root, environment)
-    shutil.copytree(environment, target, symlinks=True, ignore=shutil.ignore_patterns("__pycache__", "include", "lib64"))
-    for path in (target / "bin").iterdir():
-        if path.name not in COMMANDS.values():
-            path.unlink()
+    shutil.copytree(
+        environment, target, symlinks=True, ignore=shutil.ignore_patterns("__pycache__", "bin", "include", "lib64")
+    )
+    (target / "bin").mkdir()
     for name in ("python", "python3"):
         (target / "bin" / name).symlink_to(Path(sys.executable).resolve())
-    for short, command in COMMANDS.items():
-        if not (target / "bin" / command).is_file():
-            raise SystemExit(f"the package has no command {command}")
-        (target / "bin" / short).symlink_to(command)
     for data in target.glob("lib/python*/site-packages/botocore/data"):
         for folder in data.iterdir():
             if folder.is_dir() and folder.name not in BOTOCORE_SERVICES:
                 shutil.rmtree(folder)
     for data in target.glob("lib/python*/site-packages/boto3/data"):
         shutil.rmtree(data)  # of its resources, which nothing here uses
+
+
+def copy_package(environment: Path, root: Path) -> None:
+    """Our package, and its commands with their short names beside them."""
+    for path in environment.glob(f"lib/python*/site-packages/{PACKAGE}*"):
+        shutil.copytree(path, _inside(root, path), ignore=shutil.ignore_patterns("__pycache__"))
+    for short, command in COMMANDS.items():
+        _copy(environment / "bin" / command, root)
+        _inside(root, environment / "bin" / short).symlink_to(command)
 
 
 def compile_everything(root: Path, folders: Iterable[Path]) -> None:
@@ -152,26 +162,38 @@ def _inside(root: Path, path: Path) -> Path:
     return root / path.relative_to("/")
 
 
-def remove(root: Path, unwanted: Callable[[str], bool]) -> None:
+def remove(root: Path, patterns: Iterable[str]) -> None:
     """Files by name, wherever they lie."""
     for path in list(root.rglob("*")):
-        if unwanted(path.name) and path.is_file():
+        if path.is_file() and any(fnmatch(path.name, pattern) for pattern in patterns):
             path.unlink()
 
 
+def settle(root: Path) -> None:
+    """One time for all files: the same content makes the same layer."""
+    for path in [root, *root.rglob("*")]:
+        os.utime(path, (EPOCH, EPOCH), follow_symlinks=False)
+
+
 def main() -> None:
-    environment, root = (Path(argument) for argument in sys.argv[1:])
+    what = sys.argv[1]
+    environment, root = (Path(argument) for argument in sys.argv[2:])
     root.mkdir()
-    copy_python(root)
-    copy_environment(environment, root)
-    remove(root, lambda name: any(fnmatch(name, pattern) for pattern in ("*.pyi", "*.pyx", "*.pxd", "*.c", "*.h", "*.a")))
-    compile_everything(root, (Path(sysconfig.get_path("stdlib")), environment))
-    copy_libraries(root)
-    from_base = [Path("/") / path.relative_to(root) for path in root.rglob("*") if path.is_file()]
-    record_packages([path for path in from_base if not path.is_relative_to(environment)], root)
-    write_etc(root)
+    if what == "base":
+        copy_python(root)
+        copy_environment(environment, root)
+        remove(root, UNUSED)
+        compile_everything(root, (Path(sysconfig.get_path("stdlib")), environment))
+        copy_libraries(root)
+        from_base = [Path("/") / path.relative_to(root) for path in root.rglob("*") if path.is_file()]
+        record_packages([path for path in from_base if not path.is_relative_to(environment)], root)
+        write_etc(root)
+    else:
+        copy_package(environment, root)
+        compile_everything(root, (environment,))
+    settle(root)
     megabytes = sum(path.stat().st_size for path in root.rglob("*") if path.is_file() and not path.is_symlink()) / 1e6
-    print(f"{root}: {megabytes:.0f} MB")
+    print(f"{root}: {megabytes:.1f} MB")
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ _BASE = re.compile(r"^ARG PYTHON_IMAGE=python:(?P<python>\d+\.\d+)-slim-(?P<suit
 _PACKAGES = ("python3", "python3-venv", "python3-pip", "ca-certificates")
 _TOOLS = ("buildah", "debootstrap")
 # A build leaves its layers in the store, so that the next one need not install everything again.
-_STORE_BYTES = 4 << 30
+_STORE_BYTES = 3 << 30
 _ARCHIVES_KEPT = 4
 
 Say = Callable[[str], None]
