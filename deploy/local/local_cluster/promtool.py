@@ -43,7 +43,7 @@ def _fetch(program: Path) -> None:
         if done.returncode != 0 or len(packages) != 1:
             tail = done.stderr.strip().splitlines()[-1:] or ["no package came"]
             raise LocalClusterError(
-                f"there is no promtool on PATH, and apt gave none ({tail[0]}); are its lists there (apt-get update)? {_ADVICE}"
+                f"there is no promtool on PATH, and apt gave none ({tail[0]}); try apt-get update. {_ADVICE}"
             )
         unpacked = Path(scratch) / "root"
         subprocess.run(["dpkg-deb", "-x", str(packages[0]), str(unpacked)], check=True, capture_output=True)
