@@ -9,53 +9,9 @@ from typing import Any
 import pytest
 from conftest import Operator
 from hand_kubelet import NAME_LABEL, UID_LABEL, HandKubelet, failed, stored, until
+from jobs_world import bound_claim, create, environment, message_of, prepare, reason_of
 
 import local_cluster as lc
-from local_cluster.operator_process import kubectl
-
-RULES = {"image": "checkpoint-operator:dev", "imagePullPolicy": "Never", "progressFromLogs": False}
-
-
-def prepare(cluster: lc.Cluster, folder: Path, namespace: str) -> Operator:
-    """An operator with Jobs, and a namespace with a claim that is bound (not started)."""
-    config = folder / "jobs.yaml"
-    config.write_text(json.dumps(RULES))
-    flags = (
-        f"--namespaces={namespace}",
-        "--executor=job",
-        f"--jobs-config={config}",
-        "--backoff-seconds=0.3",
-        "--backoff-max-seconds=1",
-        "--log-level=debug",
-    )
-    kubectl(cluster, "create", "namespace", namespace)
-    operator = Operator(cluster, None, namespace, folder, [], flags)  # type: ignore[arg-type]
-    bound_claim(operator, "output")
-    until(lambda: operator.kubectl("get", "sa", "default", check=False).returncode == 0, "the default account", operator)
-    return operator
-
-
-def bound_claim(operator: Operator, name: str, mode: str = "ReadWriteMany") -> None:
-    volume = f"{operator.namespace}-{name}"
-    common = {"storageClassName": "", "accessModes": [mode]}
-    size = {"storage": "1Gi"}
-    claim_ref = {"namespace": operator.namespace, "name": name}
-    bodies = [
-        {
-            "apiVersion": "v1",
-            "kind": "PersistentVolume",
-            "metadata": {"name": volume},
-            "spec": {**common, "capacity": size, "hostPath": {"path": "/nonexistent"}, "claimRef": claim_ref},
-        },
-        {
-            "apiVersion": "v1",
-            "kind": "PersistentVolumeClaim",
-            "metadata": {"name": name},
-            "spec": {**common, "resources": {"requests": size}, "volumeName": volume},
-        },
-    ]
-    operator.kubectl("create", "-f", "-", stdin=json.dumps({"apiVersion": "v1", "kind": "List", "items": bodies}))
-    operator.kubectl("wait", "--for=jsonpath={.status.phase}=Bound", f"pvc/{name}", "--timeout=40s")
 
 
 @pytest.fixture(scope="module")
@@ -71,11 +27,6 @@ def operator(cluster: lc.Cluster, tmp_path_factory: pytest.TempPathFactory) -> I
 @pytest.fixture(scope="module")
 def kubelet(operator: Operator) -> HandKubelet:
     return HandKubelet(operator)
-
-
-def create(operator: Operator, name: str, **spec: Any) -> None:
-    target = {"credentialsSecretRef": {"name": "keys"}, **spec.pop("target", {})}
-    operator.create(name, uri=f"s3://bucket/{operator.namespace}/{name}", target=target, **spec)
 
 
 def test_an_artifact_becomes_ready_by_what_its_mover_says_and_its_job_goes(operator: Operator, kubelet: HandKubelet) -> None:
@@ -190,8 +141,11 @@ def test_a_job_that_took_the_name_first_is_not_believed_but_deleted(
 
 def kubelet_says_ready(operator: Operator, kubelet: HandKubelet, name: str) -> dict[str, Any]:
     """Let the mover of the newest launch commit; the artifact's status then."""
-    launches = operator.until(name, lambda status: status.get("launches", 0) > 0, "a launch")["launches"]
-    kubelet.complete(name, launches)
+
+    def is_started(status: dict[str, Any]) -> bool:
+        return "mover" in status and "done" not in status["mover"]
+
+    kubelet.complete(name, operator.until(name, is_started, "a launch")["launches"])
     return operator.wait(name, "Ready")
 
 
@@ -347,18 +301,6 @@ def test_a_quota_for_jobs_is_waited_for(operator: Operator, kubelet: HandKubelet
     kubelet_says_ready(operator, kubelet, "no-jobs")
 
 
-def condition_of(status: dict[str, Any]) -> dict[str, Any]:
-    return next((item for item in status.get("conditions", []) if item["type"] == "Ready"), {})
-
-
-def reason_of(status: dict[str, Any]) -> str:
-    return str(condition_of(status).get("reason"))
-
-
-def message_of(status: dict[str, Any]) -> str:
-    return str(condition_of(status).get("message"))
-
-
 def test_a_claim_that_is_not_there_is_waited_for_and_no_launch_is_counted(operator: Operator, kubelet: HandKubelet) -> None:
     create(operator, "early", source={"persistentVolumeClaim": {"claimName": "later"}})
     status = operator.wait("early", "Waiting")
@@ -460,11 +402,6 @@ def test_an_artifact_that_is_deleted_while_it_uploads_is_cleaned_up_by_another_m
     kubelet.end(pod, 0, json.dumps({"type": "result", "deleted": "nothing is left there"}))
     operator.wait_gone("dropped")
     until(lambda: kubelet.jobs("dropped") == [], "the Jobs to go", operator)
-
-
-def environment(job: dict[str, Any]) -> dict[str, str]:
-    [container] = job["spec"]["template"]["spec"]["containers"]
-    return {item["name"]: item["value"] for item in container["env"]}
 
 
 def test_a_foreground_deletion_does_not_take_the_mover_that_cleans_up(operator: Operator, kubelet: HandKubelet) -> None:
