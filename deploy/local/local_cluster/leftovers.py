@@ -1,14 +1,17 @@
-"""What outlives the processes of a run and must be taken away by name: files, control groups, links, routes."""
+"""What outlives the programs of a run and must be taken away by name: files, children, control groups, links, routes."""
 
 from __future__ import annotations
 
 import contextlib
+import signal
 import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-FILE, CGROUP, LINK, ROUTE = "file", "cgroup", "link", "route"
+from .processes import Identity
+
+FILE, PROCESS, CGROUP, LINK, ROUTE = "file", "process", "cgroup", "link", "route"
 ROUTE_METRIC = "4096"
 """Behind every real route, so that ours matters only where there is none."""
 _PATIENCE = 10.0
@@ -16,7 +19,8 @@ _PATIENCE = 10.0
 
 @dataclass(frozen=True)
 class Leftover:
-    """A file or the folder of a control group by its path, a network link by its name, an unreachable range."""
+    """A file or the folder of a control group by its path, a process (see :func:`process`), a network link by its name,
+    an unreachable range."""
 
     kind: str
     value: str
@@ -25,12 +29,27 @@ class Leftover:
         """Idempotent; called after the processes were killed. Some of them may take a moment to be gone."""
         if self.kind == FILE:
             Path(self.value).unlink(missing_ok=True)
+        elif self.kind == PROCESS:
+            identity = Identity(*_parsed(self.value))
+            identity.signal(signal.SIGKILL)
+            identity.wait_gone(_PATIENCE)
         elif self.kind == CGROUP:
             _remove_cgroup(Path(self.value))
         elif self.kind == LINK:
             _ip("link", "delete", self.value)
         elif self.kind == ROUTE:
             _ip("route", "delete", "unreachable", self.value, "metric", ROUTE_METRIC)
+
+
+def process(pid: int) -> Leftover:
+    """A process that is none of the programs; of a PID namespace the first, which is gone when all others are."""
+    identity = Identity.of(pid)
+    return Leftover(PROCESS, f"{identity.pid} {identity.started}")
+
+
+def _parsed(value: str) -> tuple[int, str]:
+    pid, _, started = value.partition(" ")
+    return int(pid), started
 
 
 def _remove_cgroup(folder: Path) -> None:

@@ -120,7 +120,7 @@ def start_node_in(
     say(f"the node's namespaces: {network.range}, with this machine at {network.host}")
     world = create_world(session, [kube, programs])
     connect(network, session, world.wrap, world.pid, count)
-    authority = Authority(state / "pki")
+    authority = Authority(state / "pki", state / "ca.crt")
     accounts = accounts_of(names)
     agents = Agents(world, network, kube, programs, timings)
     made = [

@@ -19,9 +19,9 @@ _VALID = datetime.timedelta(days=365)
 
 
 class Authority:
-    """Signs with a key that is never written down."""
+    """Signs with a key that is never written down. What it signs goes into `folder`, its own certificate to `ca`."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, ca: Path) -> None:
         folder.mkdir(mode=0o700)
         self._folder = folder
         self._key = ec.generate_private_key(ec.SECP256R1())
@@ -33,7 +33,7 @@ class Authority:
             .add_extension(x509.SubjectKeyIdentifier.from_public_key(self._key.public_key()), critical=False)
             .sign(self._key, hashes.SHA256())
         )
-        self.ca = private_file(folder / "ca.crt", certificate.public_bytes(serialization.Encoding.PEM).decode())
+        self.ca = private_file(ca, certificate.public_bytes(serialization.Encoding.PEM).decode())
 
     def server(self, name: str, addresses: Sequence[str], names: Sequence[str] = ()) -> Certificates:
         alternatives: list[x509.GeneralName] = [x509.IPAddress(ipaddress.ip_address(item)) for item in addresses]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import LocalClusterError
+from .leftovers import process
 from .node_build import search_path
 from .session import Session
 
@@ -77,7 +78,9 @@ def create_world(session: Session, uses: Sequence[Path]) -> World:
     argv = ["unshare", "--net", "--mount", "--pid", "--fork", "--kill-child", "--propagation", "private"]
     pid = session.start(NAME, [*argv, "sh", "-c", _FIRST, "sh", state])
     session.wait_until((state / "entered").exists, what="the node's namespaces", seconds=60, program=NAME)
-    return World(session, pid, first_process(pid))
+    first = first_process(pid)
+    session.leave(process(first))
+    return World(session, pid, first)
 
 
 def world_path(first: int, inner: str) -> Path:
