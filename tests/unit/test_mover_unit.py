@@ -287,6 +287,20 @@ def test_a_termination_message_that_cannot_be_written_does_not_fail_the_run(work
     assert b"termination message" in err
 
 
+def test_a_mover_with_a_limit_is_still_at_it_when_one_without_would_be_done(workshop: Workshop) -> None:
+    for name in ("a.bin", "b.bin"):
+        (workshop.source / name).write_bytes(bytes(10_000))
+    options = {"fileRoot": str(workshop.target), "maxBytesPerSecond": 1}
+    process = workshop.start(workshop.plan(options=options))
+    wait_for_progress(process)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 143
+    process = workshop.start(workshop.plan())
+    process.communicate(timeout=60)
+    assert process.returncode == ExitCode.DONE
+
+
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
 def test_a_mover_that_is_asked_to_stop_leaves_no_result_and_goes_on_later(workshop: Workshop, how: signal.Signals) -> None:
     workshop.big()
