@@ -103,10 +103,10 @@ def test_a_failure_is_counted_once_however_often_its_status_is_written(
 def test_a_mover_is_timed_from_its_start_to_its_end_and_one_of_an_earlier_operator_is_not(
     registry: CollectorRegistry, metrics: Metrics
 ) -> None:
-    metrics.started("u", Operation.UPLOAD, NOW)
-    metrics.ended("u", NOW + timedelta(seconds=7))
-    metrics.ended("u", NOW + timedelta(seconds=9))
-    metrics.ended("other", NOW)
+    metrics.started(("ns", "c"), Operation.UPLOAD, NOW)
+    metrics.ended(("ns", "c"), NOW + timedelta(seconds=7))
+    metrics.ended(("ns", "c"), NOW + timedelta(seconds=9))
+    metrics.ended(("ns", "other"), NOW)
     assert value(registry, "mover_starts_total", operation="Upload") == 1
     assert value(registry, "mover_duration_seconds_sum", operation="Upload") == 7
     assert value(registry, "mover_duration_seconds_count", operation="Upload") == 1

@@ -18,7 +18,7 @@ from checkpoint_operator.api.artifact import CheckpointArtifact
 from checkpoint_operator.api.errors import FAILURES
 from checkpoint_operator.api.protocol import Operation
 from checkpoint_operator.api.status import ArtifactStatus, Phase
-from checkpoint_operator.controller.scheduling import Hindrance, Limits, Places
+from checkpoint_operator.controller.scheduling import Hindrance, Key, Limits, Places
 
 PREFIX = "checkpoint_operator"
 # From a kilobyte on an idle cluster to terabytes behind a queue.
@@ -34,7 +34,7 @@ class Metrics:
     """One object for one registry; every method is one thing that happened."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
-        self._movers: dict[str, tuple[datetime, Operation]] = {}
+        self._movers: dict[Key, tuple[datetime, Operation]] = {}
         self._stored = Counter(
             f"{PREFIX}_moved_bytes", "Bytes that movers settled in stores, sent or found there.", registry=registry
         )
@@ -108,14 +108,14 @@ class Metrics:
     def limits_file(self, valid: bool) -> None:
         self._limits_valid.set(int(valid))
 
-    def started(self, uid: str, operation: Operation, now: datetime) -> None:
+    def started(self, key: Key, operation: Operation, now: datetime) -> None:
         """A mover of this artifact was started."""
         self._starts.labels(operation).inc()
-        self._movers[uid] = now, operation
+        self._movers[key] = now, operation
 
-    def ended(self, uid: str, now: datetime) -> None:
+    def ended(self, key: Key, now: datetime) -> None:
         """It is no longer running. One that another operator started is not timed."""
-        if known := self._movers.pop(uid, None):
+        if known := self._movers.pop(key, None):
             since, operation = known
             self._runs.labels(operation).observe((now - since).total_seconds())
 

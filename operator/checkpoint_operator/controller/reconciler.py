@@ -254,6 +254,7 @@ class Reconciler:
             if body is None or _is_settled(body):
                 if body is not None:
                     await self._executor.forget(key, body["metadata"]["uid"])
+                self._metrics.ended(key, self._now())
                 self._release(key)
                 return None
             try:
@@ -292,10 +293,11 @@ class Reconciler:
                 await self._write(artifact, {"metadata": {"finalizers": finalizers}})
                 return 0
             case RemoveFinalizer(event):
-                self._metrics.let_go(event.reason if event else "NothingStored")
                 await self._post(artifact, event, now)
                 finalizers = [name for name in artifact.metadata.finalizers if name != names.FINALIZER]
                 await self._write(artifact, {"metadata": {"finalizers": finalizers}})
+                self._metrics.let_go(event.reason if event else "NothingStored")
+                self._metrics.ended(artifact.key, now)
                 await self._forget(artifact)
                 self._release(artifact.key)
                 return None
@@ -304,7 +306,7 @@ class Reconciler:
                 self._metrics.wrote(artifact, status, now)
                 await self._post(artifact, event, now)
                 if forget:
-                    self._metrics.ended(artifact.metadata.uid, now)
+                    self._metrics.ended(artifact.key, now)
                     await self._forget(artifact)
                     self._release(artifact.key)
                 return seconds
@@ -313,7 +315,7 @@ class Reconciler:
                 await self._write_status(artifact, status.to_wire())
                 assert status.mover is not None
                 notice = await self._executor.start(status.mover.name, artifact, operation, now)
-                self._metrics.started(artifact.metadata.uid, operation, now)
+                self._metrics.started(artifact.key, operation, now)
                 if notice:
                     await self._post(artifact, Event(notice.reason, notice.message, warning=True), now)
                 return LOOK_AGAIN
