@@ -37,6 +37,10 @@ test: programs  ## All tests, with a real Kubernetes and a real S3
 	@echo "==> all tests"
 	@$(BIN)/python -m pytest
 
+.PHONY: test-scale
+test-scale: programs  ## Ten thousand files and 3 GiB on every store (`make test` gives the slow servers less)
+	@TEST_SCALE=full $(BIN)/python -m pytest tests/storage/test_scale.py -s
+
 .PHONY: test-unit
 test-unit: $(STAMP)  ## The tests that need no cluster, within a minute
 	@$(BIN)/python -m pytest tests/unit

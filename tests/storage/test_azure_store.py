@@ -28,7 +28,7 @@ from test_s3_store import closed_port, everything_said, outcome, start_mover
 import local_cluster as lc
 from checkpoint_operator.api.errors import ErrorCode, ExitCode, Reason
 from checkpoint_operator.api.protocol import Layout, TargetOptions
-from checkpoint_operator.storage import StorageError
+from checkpoint_operator.storage import StorageError, azure
 from checkpoint_operator.storage import azure_blocks as blocks
 from checkpoint_operator.storage.azure import AzureStore
 from checkpoint_operator.storage.azure_access import NAMES, find_access
@@ -401,6 +401,22 @@ def test_a_damaged_body_is_refused_by_the_store(azure_world: AzureWorld) -> None
 
 
 # ---- Blocks
+
+
+def test_a_listing_of_several_pages_is_one_listing(
+    azure_world: AzureWorld, tmp_path: Path, between: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Azure gives 5,000 blobs to a page; here two. (``make test-scale`` has ten thousand, and so three real pages.)"""
+    source = make(tmp_path / "many", {f"{number}.bin": b"x" for number in range(6)})
+    azure_world.upload(source)
+    monkeypatch.setattr(azure, "PAGE", 2)
+    before = sum(between.asked.values())
+    listed = [entry.key.removeprefix(azure_world.prefix) for entry in azure_world.store().list(azure_world.prefix)]
+    assert listed == azure_world.paths() == [f"run/{name}" for name in (MARKER, *sorted(tree(source)))]
+    assert sum(between.asked.values()) - before == 4, "seven blobs, two to a page"
+    azure_world.manager().verify(str(azure_world.uri()))
+    azure_world.delete()
+    assert azure_world.paths() == []
 
 
 def test_a_half_sent_blob_is_no_object_and_is_found_by_its_upload(azure_world: AzureWorld) -> None:

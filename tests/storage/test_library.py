@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 from s3_world import S3World
-from storage_world import CHECKPOINT, MIB, REPOSITORY, FileWorld, World, make, tree
+from storage_world import CHECKPOINT, MIB, REPOSITORY, FileWorld, ObjectWorld, OnLook, World, make, tree
 
 import local_cluster as lc
 from checkpoint_operator.api.errors import Reason
@@ -54,7 +54,7 @@ def assert_invisible(world: World, name: str = "run") -> None:
     with refused(Reason.NOT_FOUND):
         world.manager().get_metadata(f"{world.base}/{name}")
     assert list(world.manager().list(world.base)) == []
-    if isinstance(world, S3World):
+    if isinstance(world, ObjectWorld) and world.kind != "azure":  # where blocks that nobody commits expire by themselves
         assert world.uploads() == []
     if isinstance(world, FileWorld):
         assert world.paths() == []
@@ -188,6 +188,25 @@ def test_a_cancelled_upload_leaves_nothing_visible_and_nothing_open(world: World
     assert_invisible(world)
     uri = world.manager().upload(big, f"{world.base}/run")
     assert world.manager().verify(uri).size_bytes == BIG + 2
+
+
+@pytest.mark.usefixtures("sequential")
+def test_what_a_cancelled_upload_leaves_is_seen_by_nobody_and_removed_by_one_call(world: World, big: Path) -> None:
+    storage, uri = world.manager(), f"{world.base}/run"
+    make(big, {f"a/{number}": b"whole" for number in range(4)})
+    with pytest.raises(Cancelled):
+        storage.upload(big, uri, cancelled=OnLook(4 + 3))  # four whole files, and two pieces of the next one
+    assert_invisible(world)
+    with refused(Reason.NOT_FOUND):
+        storage.download(uri, world.work / "restored")
+    assert not (world.work / "restored").exists()
+    if world.is_bucket:
+        assert [path for path in world.paths() if path.startswith("run/a/")] == [f"run/a/{number}" for number in range(4)]
+        with refused(Reason.EARLIER_MOVER_NOT_GONE):
+            storage.delete(uri)
+    storage.delete(uri, force=True)
+    assert world.paths() == []
+    assert_invisible(world)
 
 
 def test_a_cancelled_download_or_verification_leaves_nothing_that_looks_like_the_artifact(world: World, big: Path) -> None:
