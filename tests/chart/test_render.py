@@ -56,7 +56,8 @@ def keys(values: Any, schema: Any, path: str = "") -> set[str]:
     """Where values and schema do not name the same keys."""
     if "additionalProperties" not in schema or schema["additionalProperties"] is not False or "properties" not in schema:
         return set()
-    known = set(schema["properties"]) - ({"global"} if not path else set())
+    # What must not be said in `settings` is listed there, as false.
+    known = {name for name, inner in schema["properties"].items() if inner is not False and (path or name != "global")}
     differ = {f"{path}{name}" for name in known ^ set(values)}
     for name in known & set(values):
         differ |= keys(values[name], schema["properties"][name], f"{path}{name}.")

@@ -55,13 +55,13 @@ def install(cluster: Cluster) -> None:
     )
 
 
-def write_operator_kubeconfig(cluster: Cluster, path: Path) -> Path:
+def write_operator_kubeconfig(cluster: Cluster, path: Path, account: str = ACCOUNT) -> Path:
     """A kubeconfig of the operator's service account: with it an RBAC gap shows here, not in production."""
-    token = kubectl(cluster, "create", "token", ACCOUNT, "-n", NAMESPACE, "--duration=24h").stdout.strip()
+    token = kubectl(cluster, "create", "token", account, "-n", NAMESPACE, "--duration=24h").stdout.strip()
     config = json.loads(kubectl(cluster, "config", "view", "--raw", "--flatten", "--minify", "-o", "json").stdout)
-    config["users"] = [{"name": ACCOUNT, "user": {"token": token}}]
+    config["users"] = [{"name": account, "user": {"token": token}}]
     for context in config["contexts"]:
-        context["context"]["user"] = ACCOUNT
+        context["context"]["user"] = account
     path.touch(mode=0o600)
     path.write_text(json.dumps(config))
     return path

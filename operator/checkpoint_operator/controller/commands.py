@@ -22,7 +22,6 @@ AT_ONCE = 16
 """Requests in flight while finalizers are removed: ten thousand take half a minute."""
 PASSES = 10
 """How often what was changed under us is looked at again."""
-CHECK_SECONDS = 60.0
 
 
 class CheckFailed(Exception):
@@ -63,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     check = commands.add_parser("check", help="does the installation work?")
     check.add_argument("--host", required=True, help="where the operator listens")
     check.add_argument("--port", type=int, default=8080)
+    check.add_argument("--seconds", type=float, default=60, help="how long it may take to become ready")
     check.set_defaults(run=_check)
     return parser
 
@@ -106,7 +106,7 @@ async def _check(options: argparse.Namespace) -> str:
     async with connect_hook() as kube:
         if names.PLURAL not in await kube.served_kinds():
             raise CheckFailed(f"the cluster does not serve {names.PLURAL}.{names.GROUP}: run `operator crds apply`")
-    deadline = asyncio.get_running_loop().time() + CHECK_SECONDS
+    deadline = asyncio.get_running_loop().time() + options.seconds
     while True:
         found = [await asyncio.to_thread(_get, options.host, options.port, path) for path in ("/healthz", "/readyz")]
         if all(status == "200" for status in found):

@@ -85,5 +85,5 @@ async def apply(kube: HookKube, version: str) -> str:
 
 
 def _is_established(live: JsonObject) -> bool:
-    conditions = live.get("status", {}).get("conditions", [])
+    conditions = live.get("status", {}).get("conditions") or []  # null when it was just made
     return any(condition["type"] == "Established" and condition["status"] == "True" for condition in conditions)

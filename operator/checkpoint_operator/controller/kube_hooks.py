@@ -37,7 +37,7 @@ class HookKube(Kube):
         query: dict[str, Any] = {"limit": PAGE}
         while True:
             page = await self._send("GET", path, accept=_METADATA_ONLY, query=query)
-            for item in page["items"]:
+            for item in page["items"] or ():  # null where there are none
                 if names.FINALIZER in item["metadata"].get("finalizers", []):
                     yield item["metadata"]
             if not page["metadata"].get("continue"):
