@@ -181,6 +181,7 @@ def test_the_plan_says_where_things_are_mounted_and_whose_keys_are_used() -> Non
     assert (options.storage_class, options.sse_kms_key_id, options.max_bytes_per_second) == ("COLD", "k", 5)
     assert (options.credentials_directory, options.allow_ambient_credentials) == ("/var/run/checkpoint/credentials", False)
     assert (options.ca_bundle_pem, options.ca_bundle, options.file_root) == (CERTIFICATE, None, None)
+    assert options.only_this_endpoint
     assert plan.source is not None
     assert (plan.source.root, plan.source.path) == ("/source", "checkpoint-1000")
     assert (plan.operation, plan.artifact_uid, plan.target_uri) == (Operation.UPLOAD, UID, "s3://bucket/c")

@@ -43,6 +43,9 @@ class TargetOptions(ApiModel):
     """A folder whose file names are the SDKs' variable names (as a mounted Secret); the only credentials that are used."""
     allow_ambient_credentials: bool = False
     """Whether the process's own identity (environment, profile, web identity) may be used instead."""
+    only_this_endpoint: bool = False
+    """Only :attr:`endpoint`, or the cloud's own: an address that stands among the credentials is refused. Whoever may write
+    a Secret chooses keys by it, and not where a mover goes."""
     max_bytes_per_second: int | None = None
     """Limit of what is read from the volume and sent, over all streams; None: as fast as it goes."""
 

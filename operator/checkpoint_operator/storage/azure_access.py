@@ -1,6 +1,7 @@
 """Which storage account, and with which key: decided before the SDK is asked, which would go on looking elsewhere."""
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,9 @@ CONNECTION_STRING = "AZURE_STORAGE_CONNECTION_STRING"
 ACCOUNT = "AZURE_STORAGE_ACCOUNT"
 KEY = "AZURE_STORAGE_KEY"
 SAS = "AZURE_STORAGE_SAS_TOKEN"
+# The public clouds: https://learn.microsoft.com/azure/storage/common/storage-account-overview#standard-endpoints
+_SUFFIXES = ("core.windows.net", "core.usgovcloudapi.net", "core.chinacloudapi.cn")
+_NAME = re.compile("[a-z0-9]{3,24}(-secondary)?")
 NAMES = (CONNECTION_STRING, ACCOUNT, KEY, SAS)
 
 
@@ -35,7 +39,7 @@ def find_access(options: TargetOptions) -> Access:
     is an error, never a reason to look further.
 
     Raises:
-        StorageError: CredentialsMissing, with the name of the variable and never its content.
+        StorageError: CredentialsMissing, with the name of the variable and never its content; EndpointNotAllowed.
     """
     if options.credentials_directory is not None:
         access = _access(_read_folder(Path(options.credentials_directory)), options)
@@ -99,12 +103,21 @@ def _settings(text: str) -> dict[str, str]:
 
 
 def _endpoint(account: str | None, settings: Mapping[str, str], options: TargetOptions) -> str:
-    endpoint = options.endpoint or settings.get("blobendpoint")
+    own = settings.get("blobendpoint")
+    if own and options.only_this_endpoint and not options.endpoint:
+        name, _, suffix = own.rstrip("/").removeprefix("https://").partition(".blob.")
+        if not own.startswith("https://") or not _NAME.fullmatch(name) or suffix not in _SUFFIXES:
+            raise _own_address()
+    endpoint = options.endpoint or own
     if not endpoint:
         if not account:
             raise _missing(f"no storage account is named: set azureAccount, or '{ACCOUNT}'")
-        scheme = settings.get("defaultendpointsprotocol", "https")
-        return f"{scheme}://{account}.blob.{settings.get('endpointsuffix', 'core.windows.net')}"
+        if not _NAME.fullmatch(account):
+            raise _missing(f"the storage account '{ACCOUNT}' is no account's name: 3 to 24 of a-z and 0-9")
+        scheme, suffix = settings.get("defaultendpointsprotocol", "https"), settings.get("endpointsuffix", _SUFFIXES[0])
+        if options.only_this_endpoint and (scheme != "https" or suffix not in _SUFFIXES):
+            raise _own_address()
+        return f"{scheme}://{account}.blob.{suffix}"
     if "?" in endpoint or "@" in endpoint:
         raise StorageError(
             Reason.INVALID_SPEC,
@@ -112,6 +125,16 @@ def _endpoint(account: str | None, settings: Mapping[str, str], options: TargetO
             backend="azure",
         )
     return endpoint.rstrip("/")
+
+
+def _own_address() -> StorageError:
+    # Not quoted: it may hold a signature.
+    return StorageError(
+        Reason.ENDPOINT_NOT_ALLOWED,
+        f"'{CONNECTION_STRING}' names an address that is not Azure's own: say it in the target's endpoint, where the "
+        "admin's list is asked, or leave BlobEndpoint, EndpointSuffix and DefaultEndpointsProtocol out",
+        backend="azure",
+    )
 
 
 def _missing(what: str) -> StorageError:

@@ -48,6 +48,7 @@ def render(
         file_root=TARGET_ROOT if is_file else None,
         credentials_directory=names.CREDENTIALS_DIRECTORY if secret else None,
         allow_ambient_credentials=not is_file and secret is None,
+        only_this_endpoint=True,
     )
     uploads = operation is Operation.UPLOAD
     plan = encode_plan(
