@@ -178,7 +178,7 @@ class Kube:
         query["limit"] = PAGE
         while True:
             page = await self._request(path, accept=accept, **query)
-            for item in page["items"]:
+            for item in page["items"] or ():  # null in a list of metadata alone where there are none
                 yield item
             query["continue"] = page["metadata"].get("continue")
             if not query["continue"]:
