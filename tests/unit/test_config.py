@@ -19,6 +19,7 @@ def test_flags_win_over_variables_and_variables_over_defaults(monkeypatch: pytes
     ("arguments", "names"),
     [
         (["--max-movers", "0"], ["max_movers", "--max-movers", "CHECKPOINT_OPERATOR_MAX_MOVERS", "'0'"]),
+        (["--listen-address", "8080"], ["listen_address", "'8080'", "write it like 0.0.0.0:8080"]),
         (["--log-level", "loud"], ["log_level", "'loud'", "'debug', 'info'"]),
         (["--backoff-seconds", "soon", "--max-attempts", "-1"], ["backoff_seconds", "max_attempts"]),
     ],
