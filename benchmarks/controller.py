@@ -7,31 +7,35 @@ plane, the movers and this program share the machine's cores with the operator. 
 """
 
 import argparse
-import http.client
 import json
-import math
 import os
 import re
 import shutil
 import signal
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Collection, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from bars import Bar
-from kubernetes import client, config, watch
+from operated import (
+    BenchmarkError,
+    HealthPoll,
+    Key,
+    Object,
+    Operator,
+    Watcher,
+    connect,
+    free_port,
+    in_threads,
+    percentile,
+    run_process,
+)
 
 import local_cluster as lc
 from checkpoint_operator.api import names
@@ -43,23 +47,10 @@ BUCKET = "bench"
 NAMESPACES = ("team-0", "team-1", "team-2", "team-3")
 FLAGS = ("--max-movers=4", "--max-movers-per-namespace=4")
 WRITE_VERBS = {"POST", "PUT", "PATCH", "APPLY", "DELETE", "DELETECOLLECTION"}
-THREADS = 16
-"""Requests that this program makes at once."""
 LATENCY_ROUNDS = 5
-PROGRESS = 10.0
-HEALTH_EVERY, HEALTH_TIMEOUT = 0.2, 5.0
 TRAILING = 1.0
 """Seconds after Ready in which the last writes (an event) are awaited."""
 IDLE = 20.0
-QUIET_SHARE, QUIET_MAX = 0.05, 60.0
-"""An operator that uses less of a core for a second has worked off its start; after so many seconds we wait no longer."""
-
-Key = tuple[str, str]
-Object = dict[str, Any]
-
-
-class BenchmarkError(Exception):
-    """There is nothing to measure: the operator died, or an artifact did not become Ready."""
 
 
 @dataclass(frozen=True)
@@ -135,14 +126,6 @@ class Place:
         return sum(item["Key"].endswith(f"/{names.MARKER_NAME}") for page in pages for item in page.get("Contents", []))
 
 
-def connect(cluster: lc.Cluster) -> Any:
-    """A client with a connection for each thread."""
-    configuration = client.Configuration()
-    config.load_kube_config(str(cluster.kubeconfig), client_configuration=configuration)
-    configuration.connection_pool_maxsize = 2 * THREADS
-    return client.CustomObjectsApi(client.ApiClient(configuration))
-
-
 @contextmanager
 def new_place() -> Iterator[Place]:
     with (
@@ -163,195 +146,13 @@ def new_place() -> Iterator[Place]:
         yield place
 
 
-@dataclass(frozen=True)
-class Operator:
-    """The operator's process, seen from outside."""
-
-    process: subprocess.Popen[bytes]
-    port: int
-    log: Path
-
-    def check(self) -> None:
-        if self.process.poll() is not None:
-            said = self.log.read_text()[-2000:]
-            raise BenchmarkError(f"the operator ended with status {self.process.returncode}: {said}")
-
-    def peak_mb(self) -> float:
-        """Peak resident memory of the operator alone, without its movers."""
-        found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{self.process.pid}/status").read_text())
-        assert found is not None
-        return int(found[1]) * 1024 / 1e6
-
-    def cpu_seconds(self) -> float:
-        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-    def cpu_share(self, seconds: float) -> float:
-        """The part of a core that is used in the next seconds."""
-        before, started = self.cpu_seconds(), time.monotonic()
-        time.sleep(seconds)
-        return (self.cpu_seconds() - before) / (time.monotonic() - started)
-
-    def healthy(self) -> bool:
-        """Whether the liveness probe is answered, over a connection of its own as the kubelet's is."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=HEALTH_TIMEOUT)
-        try:
-            connection.request("GET", "/healthz")
-            return connection.getresponse().status == 200
-        except OSError:
-            return False
-        finally:
-            connection.close()
-
-    def wait_healthy(self) -> None:
-        while not self.healthy():
-            self.check()
-            time.sleep(0.05)
-
-    def wait_quiet(self) -> float:
-        """Seconds until the operator does nothing (or until we wait no longer)."""
-        started = time.monotonic()
-        while time.monotonic() - started < QUIET_MAX and self.cpu_share(1.0) > QUIET_SHARE:
-            self.check()
-        return time.monotonic() - started
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port: int = free.getsockname()[1]
-    return port
-
-
 @contextmanager
 def run_operator(place: Place) -> Iterator[Operator]:
     port = free_port()
     flags = (*FLAGS, f"--listen-address=127.0.0.1:{port}")
     command = operator_command(place.cluster, place.folder, place.claims(), *flags)
-    with place.log.open("ab") as log:
-        process = subprocess.Popen(command.argv, env={**command.env, "PATH": os.environ["PATH"]}, stdout=log, stderr=log)
-    try:
-        yield Operator(process, port, place.log)
-    finally:
-        process.terminate()
-        try:
-            process.wait(timeout=30)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-class Watcher:
-    """When a watch showed each artifact Ready or Failed, and how often it changed."""
-
-    def __init__(self, place: Place) -> None:
-        self.ended: dict[Key, float] = {}
-        self.failed: set[Key] = set()
-        self.changes: Counter[Key] = Counter()
-        self._api = place.api
-        self._watch = watch.Watch()
-        self._news = threading.Condition()
-        self._closed = False
-        newest = place.api.list_cluster_custom_object(names.GROUP, names.VERSION, names.PLURAL, limit=1)
-        self._version = newest["metadata"]["resourceVersion"]
-        self._thread = threading.Thread(target=self._follow, daemon=True)
-
-    def __enter__(self) -> "Watcher":
-        self._thread.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._closed = True
-        self._watch.stop()
-
-    def _follow(self) -> None:
-        events = self._watch.stream(
-            self._api.list_cluster_custom_object,
-            names.GROUP,
-            names.VERSION,
-            names.PLURAL,
-            resource_version=self._version,
-            timeout_seconds=24 * 3600,
-            deserialize=False,
-        )
-        try:
-            for event in events:
-                self._saw(event["type"], event["object"], time.monotonic())
-        except Exception:
-            if not self._closed:  # whoever waits runs into its deadline
-                raise
-
-    def _saw(self, kind: str, body: Object, now: float) -> None:
-        key = (body["metadata"]["namespace"], body["metadata"]["name"])
-        phase = body.get("status", {}).get("phase")
-        with self._news:
-            self.changes[key] += kind == "MODIFIED"
-            if phase in ("Ready", "Failed") and key not in self.ended:
-                self.ended[key] = now
-                if phase == "Failed":
-                    self.failed.add(key)
-                self._news.notify_all()
-
-    def wait(self, keys: Collection[Key], operator: Operator, seconds: float, *, say: bool = False) -> set[Key]:
-        """Those of the artifacts that are not Ready: they failed, or it took too long."""
-        started = reported = time.monotonic()
-        with self._news:
-            while open_keys := set(keys) - self.ended.keys():
-                self._news.wait(1.0)
-                operator.check()
-                now = time.monotonic()
-                if now - started > seconds:
-                    break
-                if say and now - reported >= PROGRESS:
-                    reported = now
-                    print(f"  {now - started:4.0f} s: {len(keys) - len(open_keys)} of {len(keys)} have ended", flush=True)
-            return open_keys | (self.failed & set(keys))
-
-    def wait_ready(self, key: Key, operator: Operator, seconds: float = 60) -> float:
-        """The moment at which this artifact was Ready."""
-        if self.wait([key], operator, seconds):
-            raise BenchmarkError(f"{'/'.join(key)} is not Ready after {seconds:g} s: {operator.log.read_text()[-2000:]}")
-        return self.ended[key]
-
-
-class HealthPoll:
-    """Asks for the liveness probe all the time, as an impatient kubelet would."""
-
-    def __init__(self, operator: Operator) -> None:
-        self.times: list[float] = []
-        self.failures = 0
-        self._operator = operator
-        self._end = threading.Event()
-        self._thread = threading.Thread(target=self._poll, daemon=True)
-
-    def __enter__(self) -> "HealthPoll":
-        self._thread.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._end.set()
-        self._thread.join()
-
-    def _poll(self) -> None:
-        while not self._end.wait(HEALTH_EVERY):
-            started = time.monotonic()
-            self.failures += not self._operator.healthy()
-            self.times.append(time.monotonic() - started)
-
-
-def in_threads(action: Callable[[Key], None], keys: Collection[Key], what: str) -> None:
-    started = reported = time.monotonic()
-    with ThreadPoolExecutor(THREADS) as pool:
-        for number, _ in enumerate(pool.map(action, keys), 1):
-            if time.monotonic() - reported >= PROGRESS:
-                reported = time.monotonic()
-                print(f"  {reported - started:4.0f} s: {number} of {len(keys)} {what}", flush=True)
-    print(f"  {len(keys)} {what} in {time.monotonic() - started:.1f} s", flush=True)
-
-
-def percentile(values: Collection[float], part: float) -> float:
-    """The nearest-rank percentile."""
-    return sorted(values)[math.ceil(part * len(values)) - 1]
+    with run_process(command.argv, command.env, place.log, port) as operator:
+        yield operator
 
 
 def one_artifact(place: Place, operator: Operator, watcher: Watcher, key: Key) -> tuple[float, int]:
@@ -366,7 +167,7 @@ def one_artifact(place: Place, operator: Operator, watcher: Watcher, key: Key) -
 
 
 def latency() -> Iterator[Bar]:
-    with new_place() as place, run_operator(place) as operator, Watcher(place) as watcher:
+    with new_place() as place, run_operator(place) as operator, Watcher(place.api) as watcher:
         operator.wait_healthy()
         operator.wait_quiet()
         runs = []
@@ -389,7 +190,7 @@ def make_burst(place: Place, count: int) -> list[Key]:
 
 def burst(count: int) -> Iterator[Bar]:
     title = f"burst of {count}: "
-    with new_place() as place, run_operator(place) as operator, Watcher(place) as watcher:
+    with new_place() as place, run_operator(place) as operator, Watcher(place.api) as watcher:
         operator.wait_healthy()
         operator.wait_quiet()
         keys = make_burst(place, count)
@@ -430,7 +231,7 @@ def burst_outcome(place: Place, title: str, keys: list[Key], lost: set[Key]) -> 
 def real_status(place: Place) -> Object:
     """An artifact as the operator finishes it."""
     key = (NAMESPACES[0], "template")
-    with run_operator(place) as operator, Watcher(place) as watcher:
+    with run_operator(place) as operator, Watcher(place.api) as watcher:
         operator.wait_healthy()
         one_artifact(place, operator, watcher, key)
         return place.get(key)
@@ -458,7 +259,7 @@ def start(count: int) -> Iterator[Bar]:
         key = (NAMESPACES[1], "new")
         shutil.copytree(SAMPLE, place.volume / key[1])
         before = place.writes()
-        with Watcher(place) as watcher:
+        with Watcher(place.api) as watcher:
             started = time.monotonic()
             with run_operator(place) as operator:
                 place.create(key)

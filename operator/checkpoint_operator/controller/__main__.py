@@ -3,6 +3,7 @@
 import sys
 
 from checkpoint_operator import __version__
+from checkpoint_operator.controller import slim
 
 
 def start() -> int:
@@ -10,6 +11,7 @@ def start() -> int:
     if sys.argv[1:] == ["--version"]:
         print(f"operator {__version__}")
         return 0
+    slim.without_synchronous_client()
     if sys.argv[1:2] and sys.argv[1] in ("crds", "finalizers", "check"):
         from checkpoint_operator.controller import commands
 
