@@ -78,6 +78,11 @@ bench-transfer: $(STAMP) $(PEERS)  ## The transfer engine beside s5cmd, rclone, 
 	@echo "==> the transfer engine"
 	@$(BIN)/python benchmarks/transfer.py $(ARGS)
 
+.PHONY: bench-cluster
+bench-cluster: programs  ## Artifacts on a real node: seconds, API calls, memory, a restart among 100 movers (ARGS="--only latency")
+	@echo "==> movers as Jobs, on a node"
+	@$(BIN)/python benchmarks/cluster.py $(ARGS)
+
 .PHONY: cluster-up
 cluster-up: $(STAMP)  ## A Kubernetes to try things on; prints two export lines (NODE=1 or 2: with nodes that run pods)
 	@$(BIN)/python -m local_cluster up $(if $(NODE),--nodes $(NODE))
