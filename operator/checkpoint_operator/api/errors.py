@@ -158,7 +158,8 @@ FAILURES: dict[Reason, FailureClass] = {
         _C.EXISTS,
         _X.TARGET_BUSY,
         _R.HELD,
-        "An earlier mover of this artifact may still be running: it goes on when that one is gone. In the library, pass force=True once it is gone.",
+        "An earlier mover of this artifact may still be running: it goes on when that one is gone. In the library, pass "
+        "force=True once it is gone.",
     ),
     Reason.INVALID_SPEC: FailureClass(
         _C.UNSUPPORTED, _X.CONFIGURATION, _R.NEVER, "Correct the field that the message names."
