@@ -66,7 +66,7 @@ def test_a_crowd_drains_in_order_and_each_is_written_to_three_times(make_operato
         operator.save(name, {"weights.bin": name.encode()})
         operator.create(name)
     address = free_address()
-    operator.start("--max-movers=2", "--progress-seconds=3600", f"--listen-address={address}")
+    operator.start("--max-movers=2", "--progress-seconds=3600", f"--listen-address={address}", "--log-format=json")
     ended = [operator.wait(name, "Ready", seconds=120) for name in names]
     starts = [status["startTime"] for status in ended]
     assert starts == sorted(starts)
@@ -77,6 +77,9 @@ def test_a_crowd_drains_in_order_and_each_is_written_to_three_times(make_operato
     assert number(address, "queue_length") == 0
     assert number(address, "artifacts", phase="Ready") == len(names)
     assert operator.stop() == 0
+    committed = [line for line in map(json.loads, operator.log.read_text().splitlines()) if "Committed" in line["message"]]
+    assert [(line["namespace"], line["name"]) for line in committed] == [("crowd", name) for name in names]
+    assert all(line["uid"] == operator.get(line["name"])["metadata"]["uid"] for line in committed)
 
 
 def test_a_raised_cap_takes_effect_at_once_and_a_lowered_one_stops_nothing(
@@ -100,6 +103,8 @@ def test_a_raised_cap_takes_effect_at_once_and_a_lowered_one_stops_nothing(
     write_limits(operator, maxMovers=1, maxMoversPerBucket=1)
     operator.until("third", lambda _: number(address, "movers_limit", scope="cluster") == 1, "the lower cap")
     assert {operator.status(name)["phase"] for name in ("first", "second")} == {"Uploading"}
+    # On few cores the operator has to stay quick beside them.
+    assert {os.getpriority(os.PRIO_PROCESS, pid) for pid in operator.mover_pids()} == {10}
     write_limits(operator, maxMovers=0)
     operator.until("third", lambda _: number(address, "limits_file_valid") == 0, "that the file is wrong")
     assert number(address, "movers_limit", scope="cluster") == 1
