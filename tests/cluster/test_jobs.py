@@ -237,12 +237,13 @@ def test_a_mover_that_is_out_of_memory_says_so_counts_and_is_cured_by_more(opera
     status = operator.until("greedy", lambda status: "failure" in status, "a failure")
     assert (status["failure"]["reason"], status["attempts"]) == ("OutOfMemory", 1)
     operator.patch("greedy", {"spec": {"mover": {"resources": {"limits": {"memory": "1Gi"}}}}})
-    for launch in range(2, 9):
-        limits = kubelet.job("greedy", launch)["spec"]["template"]["spec"]["containers"][0]["resources"]["limits"]
-        if limits["memory"] == "1Gi":
-            break
-        kubelet.end(kubelet.pod("greedy", launch), 137, reason="OOMKilled")
+    until(lambda: "1Gi" in [memory_limit(job) for job in kubelet.jobs("greedy")], "a Job with more memory", operator)
     kubelet_says_ready(operator, kubelet, "greedy")
+
+
+def memory_limit(job: dict[str, Any]) -> str:
+    [container] = job["spec"]["template"]["spec"]["containers"]
+    return str(container["resources"]["limits"]["memory"])
 
 
 def test_a_mover_that_was_evicted_goes_on_and_counts_no_attempt(operator: Operator, kubelet: HandKubelet) -> None:

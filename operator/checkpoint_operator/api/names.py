@@ -52,4 +52,9 @@ ENV_EXIT_WITH_PARENT = "CHECKPOINT_EXIT_WITH_PARENT"
 
 def mover_name(uid: str, launch: int) -> str:
     """The deterministic name of an artifact's n-th mover: whoever starts it twice meets the first."""
-    return f"ckpt-{uid}-{launch}"
+    return f"{mover_prefix(uid)}{launch}"
+
+
+def mover_prefix(uid: str) -> str:
+    """What the names of all movers of one artifact begin with."""
+    return f"ckpt-{uid}-"

@@ -114,7 +114,7 @@ class JobExecutor:
 
     def artifacts(self) -> set[Key]:
         """(namespace, name) of every artifact that a Job is there for: those without a use for it shall delete it."""
-        return {(job.namespace, job.artifact_name) for job in self.cache.jobs()}
+        return {(job.namespace, job.artifact_name) for job in self.cache.jobs() if job.is_movers}
 
     def saw_job(self, kind: str | None, body: JsonObject) -> None:
         self._notify(self.cache.saw_job(kind, body))
@@ -266,7 +266,7 @@ class JobExecutor:
         self._notify(artifact.key)
 
     async def stop_others(self, key: Key, uid: str | None) -> bool:
-        others = [job for job in self.cache.jobs_of(key) if job.owner_uid and job.owner_uid != uid]
+        others = [job for job in self.cache.jobs_of(key) if job.is_movers and job.owner_uid != uid]
         for job in others:
             if not job.gone and not job.deleting:
                 await self._kube.delete_job(job.namespace, job.name, job.uid, wait_for_pods=True)
@@ -280,7 +280,7 @@ class JobExecutor:
         if name:
             self._refused.pop((key[0], name), None)
         for job in self.cache.jobs_of(key):
-            if job.owner_uid != uid or name not in (None, job.name):
+            if not job.is_movers or job.owner_uid != uid or name not in (None, job.name):
                 continue
             if not job.gone and not job.deleting:
                 await self._kube.delete_job(job.namespace, job.name, job.uid, wait_for_pods=False)

@@ -72,6 +72,11 @@ class JobView:
     suspended: bool = False
     gone: bool = False
 
+    @property
+    def is_movers(self) -> bool:
+        """It has an artifact for an owner, and the name that only the operator gives. Others are left alone."""
+        return self.owner_uid is not None and self.name.startswith(names.mover_prefix(self.owner_uid))
+
 
 @dataclass(frozen=True, slots=True)
 class PodView:
@@ -337,7 +342,14 @@ def _pending(job: JobView, pod: PodView) -> PendingMover:
     if pod.waiting and pod.waiting[0] not in ("", "ContainerCreating", "PodInitializing"):
         message = f"pod {pod.name} does not start: {pod.waiting[0]}: {plain(pod.waiting[1])}"
         return PendingMover(pod.created, Reason.MOVER_NOT_STARTED, message, job.pinned)
-    return PendingMover(pod.created, None, f"pod {pod.name} is not running yet", job.pinned)
+    if pod.node is None:
+        return PendingMover(pod.created, None, f"no scheduler has looked at pod {pod.name} yet", job.pinned)
+    # What a kubelet waits for with a volume it says in events alone, which the operator has no right to read.
+    message = (
+        f"pod {pod.name} does not start on node '{pod.node}': is there the Secret that credentialsSecretRef names, can the "
+        f"volumes be mounted? See: kubectl -n {pod.namespace} describe pod {pod.name}"
+    )
+    return PendingMover(pod.created, None, message, job.pinned)
 
 
 def read_result(text: str, operation: Operation, target_uri: str) -> Result | None:
