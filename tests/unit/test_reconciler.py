@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from checkpoint_operator.controller.reconciler import ArtifactCache, merge_patch
+from checkpoint_operator.controller.cache import ArtifactCache
+from checkpoint_operator.controller.reconciler import merge_patch
 
 
 def body(version: int, uid: str = "u", name: str = "a", uri: str = "s3://b/x", **status: Any) -> dict[str, Any]:

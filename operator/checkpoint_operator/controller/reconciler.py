@@ -7,7 +7,7 @@ was decided upon. So a stale cache or a second operator costs a conflict and ano
 import asyncio
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
@@ -18,7 +18,8 @@ from checkpoint_operator.api.artifact import CheckpointArtifact, parse_artifact
 from checkpoint_operator.api.base import JsonObject
 from checkpoint_operator.api.conditions import ConditionType, find_condition
 from checkpoint_operator.api.protocol import Layout
-from checkpoint_operator.api.status import ArtifactStatus, Phase
+from checkpoint_operator.api.status import ArtifactStatus
+from checkpoint_operator.controller.cache import ArtifactCache, is_settled
 from checkpoint_operator.controller.executor import (
     EarlierMover,
     Executor,
@@ -43,7 +44,6 @@ from checkpoint_operator.controller.plan import (
     Stop,
     Wait,
     plan,
-    retry_asked,
 )
 from checkpoint_operator.controller.queue import WorkQueue
 from checkpoint_operator.controller.scheduling import Demand, Key, Limits, Places, bucket_of
@@ -52,83 +52,6 @@ MAX_STEPS = 10
 """Decisions for one key in a row before others get their turn."""
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass
-class ArtifactCache:
-    """The newest version of every artifact that was seen; fed by events, by our own writes and by resyncs."""
-
-    _bodies: dict[Key, JsonObject] = field(default_factory=dict)
-
-    def put(self, body: JsonObject, *, live: bool = False) -> Key:
-        """Keep the object unless a newer version is known. Versions are comparable since Kubernetes 1.35 (KEP-5504).
-
-        ``live``: it was read just now after a conflict, and is believed even if it looks older (a restored etcd).
-        """
-        metadata = body["metadata"]
-        key = (metadata["namespace"], metadata["name"])
-        known = self._bodies.get(key)
-        if live or known is None or _version(body) >= _version(known):
-            kept = {**body, "metadata": _trimmed(metadata)}
-            self._bodies[key] = _remnant(kept) if _is_settled(kept) else kept
-        return key
-
-    def version(self, key: Key) -> str | None:
-        """The resourceVersion of what is kept, or None."""
-        body = self._bodies.get(key)
-        return str(body["metadata"]["resourceVersion"]) if body else None
-
-    def remove(self, key: Key) -> None:
-        self._bodies.pop(key, None)
-
-    def get(self, key: Key) -> JsonObject | None:
-        return self._bodies.get(key)
-
-    def keys(self) -> list[Key]:
-        return list(self._bodies)
-
-    def statuses(self) -> list[JsonObject]:
-        """The status of everybody; may be asked from another thread."""
-        return [body.get("status", {}) for body in list(self._bodies.values())]
-
-    def ready_at(self, uri: str) -> list[JsonObject]:
-        """Every artifact that is Ready, stays, and names this target URI (a trailing slash does not count)."""
-        return [
-            body
-            for body in self._bodies.values()
-            if body["spec"]["target"]["uri"].removesuffix("/") == uri.removesuffix("/")
-            and body.get("status", {}).get("phase") == Phase.READY
-            and "deletionTimestamp" not in body["metadata"]
-        ]
-
-
-_KEPT_ANNOTATIONS = (names.ANNOTATION_RETRY, names.ANNOTATION_ABANDON_DATA)
-
-
-def _trimmed(metadata: JsonObject) -> JsonObject:
-    """What a decision reads: whoever fills annotations and labels must not fill the operator's memory."""
-    kept = {key: value for key, value in metadata.items() if key not in ("managedFields", "labels")}
-    annotations = metadata.get("annotations", {})
-    kept["annotations"] = {name: annotations[name] for name in _KEPT_ANNOTATIONS if name in annotations}
-    return kept
-
-
-def _remnant(body: JsonObject) -> JsonObject:
-    """What is needed of an artifact that has ended: that it has, and where its data is. Most artifacts of a cluster have,
-    and a change of one comes with a whole new object."""
-    spec, status = body["spec"], body["status"]
-    return {
-        "metadata": body["metadata"],
-        "spec": {
-            "source": {"persistentVolumeClaim": spec["source"]["persistentVolumeClaim"], "path": "."},
-            "target": spec["target"],
-        },
-        "status": {name: status[name] for name in ("phase", "observedGeneration", "retryHandled") if name in status},
-    }
-
-
-def _version(body: JsonObject) -> int:
-    return int(body["metadata"]["resourceVersion"])
 
 
 class Reconciler:
@@ -170,7 +93,7 @@ class Reconciler:
         await self._executor.resync()
         async for body in self._kube.list_artifacts(namespaces):
             key = self.cache.put(body)
-            if not _is_settled(body):
+            if not is_settled(body):
                 self._queue.add(key)
                 self._take_if_running(body)
         for key in self._executor.artifacts():
@@ -198,7 +121,7 @@ class Reconciler:
         for key in everybody:
             if key in changed:
                 await self._refresh(key)
-            elif not _is_settled(self.cache.get(key) or {}):
+            elif not is_settled(self.cache.get(key) or {}):
                 self._queue.add(key)
 
     async def work(self) -> None:
@@ -251,7 +174,7 @@ class Reconciler:
             if await self._executor.stop_others(key, body["metadata"]["uid"] if body else None):
                 # The mover of an object that is gone keeps its place until it has ended; its end is reported to this key.
                 return LOOK_AGAIN
-            if body is None or _is_settled(body):
+            if body is None or is_settled(body):
                 if body is not None:
                     await self._executor.forget(key, body["metadata"]["uid"])
                 self._metrics.ended(key, self._now())
@@ -455,17 +378,6 @@ def _waits_in_line(seen: Observed, decision: Decision) -> bool:
     """Whether an artifact was told to wait for others, and not for something else."""
     return seen.blocked is not None and seen.blocked == _told(
         decision.status if isinstance(decision, Record) else seen.artifact.status
-    )
-
-
-def _is_settled(body: JsonObject) -> bool:
-    """Whether a resync may pass this object by: it ended, for this generation, and nobody deletes it."""
-    metadata, status = body.get("metadata", {}), body.get("status", {})
-    return (
-        status.get("phase") in (Phase.READY, Phase.FAILED)
-        and status.get("observedGeneration") == metadata.get("generation")
-        and "deletionTimestamp" not in metadata
-        and retry_asked(metadata.get("annotations", {})) == status.get("retryHandled")
     )
 
 
