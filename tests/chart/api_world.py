@@ -43,14 +43,16 @@ def helm_runs(cluster: lc.Cluster, *arguments: str, values: Manifest | None = No
     )
 
 
-def create_artifact(cluster: lc.Cluster, where: str, name: str, **metadata: Any) -> None:
+def create_artifact(
+    cluster: lc.Cluster, where: str, name: str, target: dict[str, Any] | None = None, **metadata: Any
+) -> None:
     body = {
         "apiVersion": "checkpoints.rlhf.dev/v1alpha1",
         "kind": "CheckpointArtifact",
         "metadata": {"name": name, "namespace": where, **metadata},
         "spec": {
             "source": {"persistentVolumeClaim": {"claimName": "output"}, "path": name},
-            "target": {"uri": f"s3://bucket/{where}/{name}"},
+            "target": {"uri": f"s3://bucket/{where}/{name}", **(target or {})},
         },
     }
     kubectl(cluster, "create", "-f", "-", stdin=json.dumps(body))
@@ -75,8 +77,9 @@ def beyond(rights: Rights, anybody: Rights) -> Rights:
     return {resource: verbs for resource, verbs in more.items() if verbs}
 
 
-def until(ready: Callable[[], bool], what: str, seconds: float = 30) -> None:
+def until(ready: Callable[[], bool], what: Callable[[], str], seconds: float = 40) -> None:
+    """`what` is what a failure says was waited for."""
     deadline = time.monotonic() + seconds
     while not ready():
-        assert time.monotonic() < deadline, f"waited {seconds} s until {what}"
+        assert time.monotonic() < deadline, f"waited {seconds} s until {what()}"
         time.sleep(0.1)

@@ -63,7 +63,7 @@ def user(installed: lc.Cluster) -> Iterator[str]:
         user = "eve" if name == "eve" else JOB_CONTROLLER
         kubectl(installed, "-n", WHERE, "create", "rolebinding", name, "--clusterrole=admin", f"--user={user}")
     apply(installed, [m for m in render(values={"reserveLabels": {"enabled": True}}) if "Validating" in m["kind"]])
-    until(lambda: create(installed, "eve", pod(WHERE, "probe", **OURS)) != "", "the policy is in force")
+    until(lambda: create(installed, "eve", pod(WHERE, "probe", **OURS)) != "", lambda: "the policy is in force")
     yield "eve"
     kinds = "validatingadmissionpolicybinding,validatingadmissionpolicy"
     kubectl(installed, "delete", kinds, "checkpoint-operator-labels")

@@ -83,5 +83,5 @@ def test_the_roles_of_people_are_part_of_the_built_in_ones(installed: lc.Cluster
         return
     namespace(installed, "people")
     kubectl(installed, "-n", "people", "create", "rolebinding", role, f"--clusterrole={role}", f"--user={role}")
-    until(lambda: verbs <= may(installed, role, "people").get(CRD, set()), f"{role} has {verbs}")
+    until(lambda: verbs <= may(installed, role, "people").get(CRD, set()), lambda: f"{role} has {verbs}")
     assert "patch" not in may(installed, role, "people").get(f"{CRD}/status", set())
