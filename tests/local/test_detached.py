@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from local_helpers import CommandLine, all_gone, identities
 
-from local_cluster.processes import Identity
+from local_cluster.processes import Identity, boot_id
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -70,6 +70,22 @@ def test_a_recycled_pid_is_never_killed(command_line: CommandLine) -> None:
         assert not state.exists()
         assert bystander.poll() is None
         bystander.kill()
+
+
+@pytest.mark.parametrize(("boot", "stays"), [(boot_id(), False), ("another", True)])
+def test_what_was_left_before_a_reboot_may_be_a_strangers_by_now(
+    command_line: CommandLine, tmp_path: Path, boot: str, stays: bool
+) -> None:
+    left = tmp_path / "left.sock"
+    left.touch()
+    state = command_line.state("t")
+    state.mkdir(parents=True)
+    supervisor = {"pid": 1, "started": "none"}
+    record = {"boot": boot, "supervisor": supervisor, "programs": {}, "leftovers": [["file", str(left)]]}
+    (state / "state.json").write_text(json.dumps(record))
+    assert command_line.run("down", "--name", "t")[0] == 0
+    assert not state.exists()
+    assert left.exists() is stays
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])

@@ -65,6 +65,27 @@ def test_a_claim_that_is_mounted_read_only_takes_no_writes(cluster: lc.NodeClust
     assert "read-only file system" in namespace.kubectl("logs", "job/writer")
 
 
+def test_a_container_that_eats_more_than_its_limit_is_killed_for_it(namespace: Namespace) -> None:
+    spec = restricted("eat", "200", "wait")
+    spec["containers"][0]["resources"] = {"limits": {"memory": "64Mi", "cpu": "500m"}}
+    namespace.job("eater", spec)
+    state = namespace.finished("eater")["status"]["containerStatuses"][0]["state"]["terminated"]
+    assert (state["reason"], state["exitCode"]) == ("OOMKilled", 137)
+
+
+def test_an_image_that_nobody_has_is_named_in_the_status(namespace: Namespace) -> None:
+    spec = restricted("wait")
+    spec["containers"][0]["image"] = "registry.invalid/none:1"
+    namespace.pod("imageless", spec)
+
+    def reason() -> str:
+        statuses = namespace.get("pod", "imageless")["status"].get("containerStatuses", [{}])
+        found: str = statuses[0].get("state", {}).get("waiting", {}).get("reason", "")
+        return found
+
+    wait_for(lambda: reason() in ("ErrImagePull", "ImagePullBackOff"), "the pull to fail")
+
+
 def test_both_nodes_run_pods_that_can_be_entered(cluster: lc.NodeCluster, namespace: Namespace) -> None:
     for node in cluster.nodes:
         spec = restricted("print", f"hello from {node}", "wait")

@@ -61,6 +61,12 @@ def _start_time(pid: int) -> str | None:
     return None if fields[0] in "ZX" else fields[19]
 
 
+def boot_id() -> str:
+    """Changes when the machine is started anew: names that were recorded before that are nobody's, or a stranger's."""
+    path = Path("/proc/sys/kernel/random/boot_id")
+    return path.read_text(encoding="ascii").strip() if path.exists() else ""
+
+
 def free_ports(count: int) -> list[int]:
     """Held all at once while choosing, so that they differ. Somebody may still take one: callers retry."""
     sockets = [socket.socket() for _ in range(count)]

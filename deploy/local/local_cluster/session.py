@@ -19,7 +19,7 @@ from typing import Any, Self, TypeVar
 from .errors import AddressInUse, LocalClusterError
 from .leftovers import Leftover
 from .paths import remove_tree, runs_dir
-from .processes import Identity, log_tail, says_in_use
+from .processes import Identity, boot_id, log_tail, says_in_use
 
 _PACKAGE_ROOT = Path(__file__).resolve().parent.parent
 
@@ -224,6 +224,15 @@ def recorded(state_dir: Path) -> tuple[Identity, dict[str, Identity]] | None:
         return None
 
 
+def _recorded_leftovers(state_dir: Path) -> list[Leftover]:
+    """None where the supervisor has removed them itself: somebody else may have these names by now, as after a reboot."""
+    try:
+        state = json.loads((state_dir / "state.json").read_text(encoding="utf-8"))
+        return [Leftover(*item) for item in state["leftovers"]] if state["boot"] == boot_id() else []
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
 def stop_recorded(state_dir: Path) -> bool:
     """Stop exactly what the folder names, and remove it. True when something was still running."""
     record = recorded(state_dir)
@@ -231,7 +240,6 @@ def stop_recorded(state_dir: Path) -> bool:
     if record is not None:
         supervisor, programs = record
         running = supervisor.alive() or any(item.alive() for item in programs.values())
-        leftovers = json.loads((state_dir / "state.json").read_text(encoding="utf-8")).get("leftovers", [])
         supervisor.signal(signal.SIGTERM)
         if not supervisor.wait_gone(10):
             supervisor.signal(signal.SIGKILL)
@@ -240,8 +248,8 @@ def stop_recorded(state_dir: Path) -> bool:
         for identity in (supervisor, *programs.values()):
             if not identity.wait_gone(10):
                 raise LocalClusterError(f"process {identity.pid} does not end, not even by SIGKILL; see {state_dir}.")
-        for item in reversed(leftovers):
-            Leftover(*item).remove()
+        for leftover in reversed(_recorded_leftovers(state_dir)):
+            leftover.remove()
     if state_dir.exists():
         remove_tree(state_dir)
     return running

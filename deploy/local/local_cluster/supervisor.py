@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from .leftovers import Leftover
-from .processes import Identity
+from .processes import Identity, boot_id
 
 _PR_SET_PDEATHSIG = 1
 
@@ -152,8 +152,11 @@ class Supervisor:
                 program.kill()
         for program in self.programs.values():
             program.wait()
-        for leftover in reversed(self.leftovers):
-            leftover.remove()
+        while self.leftovers:
+            self.leftovers[-1].remove()
+            self.leftovers.pop()
+        # From now on these names may be somebody else's.
+        self.write_state()
         if remove:
             for _ in range(3):
                 shutil.rmtree(self.state_dir, ignore_errors=True)
@@ -171,6 +174,7 @@ class Supervisor:
 
     def write_state(self) -> None:
         state = {
+            "boot": boot_id(),
             "supervisor": asdict(Identity.of(os.getpid())),
             "programs": {name: asdict(identity) for name, identity in self.identities.items()},
             "leftovers": [[item.kind, item.value] for item in self.leftovers],

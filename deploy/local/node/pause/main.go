@@ -22,6 +22,7 @@ var words = map[string]int{
 	"get":   1, // a URL, its body to standard output
 	"serve": 2, // an address and the text that every request is answered with, in the background
 	"sleep": 1, // seconds
+	"eat":   1, // so many MiB of memory, for good
 	"wait":  0, // until SIGTERM or SIGINT
 	"exit":  1, // a status
 }
@@ -62,6 +63,10 @@ func run(step string, given []string) error {
 		seconds, err := strconv.ParseFloat(given[0], 64)
 		time.Sleep(time.Duration(seconds * float64(time.Second)))
 		return err
+	case "eat":
+		size, err := strconv.Atoi(given[0])
+		eat(size << 20)
+		return err
 	case "wait":
 		wait()
 	case "exit":
@@ -72,6 +77,16 @@ func run(step string, given []string) error {
 		os.Exit(status)
 	}
 	return nil
+}
+
+var eaten [][]byte
+
+func eat(size int) {
+	memory := make([]byte, size)
+	for i := range memory {
+		memory[i] = 1
+	}
+	eaten = append(eaten, memory)
 }
 
 func get(url string) error {
