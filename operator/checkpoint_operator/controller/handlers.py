@@ -78,8 +78,7 @@ def settings() -> kopf.OperatorSettings:
     chosen.watching.connect_timeout = 10
     chosen.watching.chunk_size = 100  # whole objects of one page are in memory several times over
     # Each object has a worker that holds its last event for as long as it idles: at the start that is all of them.
-    chosen.batching.idle_timeout = 0.5
-    chosen.batching.batch_window = 0.02
+    chosen.queueing.idle_timeout = 0.5
     chosen.networking.request_timeout = 30
     # A watch that exhausts its retries stops the operator: an API server may be away for hours.
     chosen.networking.error_backoffs = [1, 2, 5, *([10] * 24 * 360)]

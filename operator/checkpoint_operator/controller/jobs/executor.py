@@ -260,8 +260,8 @@ class JobExecutor:
         job = self.cache.job(*key)
         if job is None or job.gone:
             return
-        await self._kube.delete_job(job.namespace, job.name, job.uid, wait_for_pods=True)
         pending = isinstance(self.state(artifact), PendingMover)
+        await self._kube.delete_job(job.namespace, job.name, job.uid, wait_for_pods=True)
         self._told[key] = replace(self._told.get(key, Told()), stopping=reason, was_pending=pending)
         self._notify(artifact.key)
 
