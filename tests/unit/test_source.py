@@ -260,4 +260,6 @@ def test_what_may_not_be_read_is_named_with_its_owner_and_mode(tmp_path: Path, l
     if locked == "a file":
         assert "'sub/model.safetensors'" in done.stdout
         assert "4242:4343 with mode 0600" in done.stdout
-        assert "user 4242" in done.stdout
+        assert "user 4242 (spec.mover.runAsUser)" in done.stdout
+    else:
+        assert "0:0 with mode 0600; chmod it" in done.stdout

@@ -125,11 +125,14 @@ class SourceTree:
             if name in ("", "."):
                 self._descriptor = os.dup(above)
                 return self
-            kind = os.stat(name, dir_fd=above, follow_symlinks=False).st_mode
-            if stat.S_ISREG(kind):
+            found = os.stat(name, dir_fd=above, follow_symlinks=False)
+            if stat.S_ISREG(found.st_mode):
                 self._single, self._descriptor = name, os.dup(above)
             else:
-                self._descriptor = os.open(name, DIRECTORY, dir_fd=above)
+                try:
+                    self._descriptor = os.open(name, DIRECTORY, dir_fd=above)
+                except PermissionError as error:
+                    raise _unreadable(path, found) from error
         except FileNotFoundError as error:
             there = "what this user may not list"
             with suppress(PermissionError):
@@ -239,6 +242,8 @@ class SourceTree:
     ) -> Iterator[tuple[str, os.stat_result | None, str | None]]:
         try:
             descriptor = os.open(name, DIRECTORY, dir_fd=directory)
+        except PermissionError as error:
+            raise _unreadable(path, self._stat(name, directory, path)) from error
         except OSError as error:
             raise self._cannot_open(error, path) from error
         try:
@@ -313,21 +318,14 @@ class SourceTree:
 
     def _unreadable(self, file: SourceFile) -> StorageError:
         # safetensors 0.8 leaves its files with mode 0600, so this is the usual first failure of a new installation.
-        try:
+        owner: os.stat_result | None = None
+        with suppress(OSError):
             directory = open_below(self._descriptor, file.path.rpartition("/")[0])
             try:
                 owner = os.stat(file.path.rpartition("/")[2], dir_fd=directory, follow_symlinks=False)
             finally:
                 os.close(directory)
-            whose = f"it belongs to {owner.st_uid}:{owner.st_gid} with mode {stat.S_IMODE(owner.st_mode):04o}"
-            way_out = f"let the mover run as user {owner.st_uid}, or chmod the files"
-        except OSError:
-            whose, way_out = "its owner cannot be seen", "give the mover's user access to the folder"
-        return StorageError(
-            Reason.SOURCE_UNREADABLE,
-            f"'{file.path}' cannot be read by user {os.geteuid()}: {whose}; {way_out}",
-            path=file.path,
-        )
+        return _unreadable(file.path, owner)
 
     def _cannot_open(self, error: OSError, path: str) -> StorageError:
         shown, given = _short(path), _short(self.path)
@@ -343,6 +341,21 @@ class SourceTree:
             reason = Reason.SOURCE_UNSUPPORTED
             text = f"'{shown}' is no folder, or a symlink (links are not followed): {error.strerror}"
         return StorageError(reason, text, path=path)
+
+
+def _unreadable(path: str, owner: os.stat_result | None) -> StorageError:
+    """``owner``: the status of what cannot be read, None where even that cannot be seen."""
+    if owner is None:
+        why = "its owner cannot be seen; give the mover's user access to the folder"
+    else:
+        whose = f"it belongs to {owner.st_uid}:{owner.st_gid} with mode {stat.S_IMODE(owner.st_mode):04o}"
+        way_out = f"let the mover run as user {owner.st_uid} (spec.mover.runAsUser), or chmod it"
+        if owner.st_uid == 0:
+            way_out = "chmod it, and let the training run as another user than root"
+        why = f"{whose}; {way_out}"
+    return StorageError(
+        Reason.SOURCE_UNREADABLE, f"'{_short(path)}' cannot be read by user {os.geteuid()}: {why}", path=path
+    )
 
 
 def _short(path: str) -> str:
