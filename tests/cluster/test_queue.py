@@ -89,7 +89,7 @@ def test_a_raised_cap_takes_effect_at_once_and_a_lowered_one_stops_nothing(
     limits = write_limits(operator, maxMovers=1)
     address = free_address()
     operator.start(f"--limits-file={limits}", f"--listen-address={address}")
-    proxy.bytes_per_second = 2 * MIB
+    proxy.bytes_per_second = MIB // 2
     for name in ("first", "second", "third"):
         operator.save(name, {"weights.bin": os.urandom(24 * MIB)})
         operator.create(name, uri=f"s3://{BUCKET}/caps/proxied/{name}")
@@ -117,7 +117,7 @@ def test_a_raised_cap_takes_effect_at_once_and_a_lowered_one_stops_nothing(
 def test_a_bucket_has_its_own_cap_and_holds_up_no_other(make_operator: Callable[[str], Operator], proxy: FaultProxy) -> None:
     operator = make_operator("buckets")
     operator.start("--max-movers-per-bucket=1")
-    proxy.bytes_per_second = 2 * MIB
+    proxy.bytes_per_second = MIB // 2
     operator.save("first", {"weights.bin": os.urandom(24 * MIB)})
     for name in ("second", "elsewhere"):
         operator.save(name)

@@ -22,7 +22,7 @@ from checkpoint_operator.controller.executor import (
     StopReason,
 )
 from checkpoint_operator.controller.health import Health
-from checkpoint_operator.controller.kube import Conflict, Kube
+from checkpoint_operator.controller.kube import Conflict, Kube, KubeError
 from checkpoint_operator.controller.metrics import Metrics
 from checkpoint_operator.controller.plan import Policy
 from checkpoint_operator.controller.queue import WorkQueue
@@ -42,6 +42,8 @@ class Server:
         self.queued: Counter[Key] = Counter()
         self.tell: Callable[[str, Object], None] = lambda kind, body: None
         self.news = asyncio.Event()
+        self.refuses: set[Key] = set()
+        self.slow: set[Key] = set()
         self._version = 0
 
     def create(self, number: int, namespace: str) -> Key:
@@ -65,7 +67,10 @@ class Server:
         return namespace, name
 
     async def patch(self, artifact: CheckpointArtifact, patch: Object, *, status: bool = False) -> Object:
-        await asyncio.sleep(0)
+        for _ in range(500 if artifact.key in self.slow else 1):
+            await asyncio.sleep(0)
+        if artifact.key in self.refuses:
+            raise KubeError("a webhook refuses it")
         body = self.objects[artifact.key]
         if artifact.metadata.resource_version != body["metadata"]["resourceVersion"]:
             raise Conflict("changed meanwhile")
@@ -183,6 +188,9 @@ class World:
             Health(300),
         )
         self.server.tell = self.reconciler.saw
+        self.workers: list[asyncio.Task[None]] = []
+
+    def work(self) -> None:
         self.workers = [asyncio.create_task(self.reconciler.work()) for _ in range(8)]
 
     def now(self) -> datetime:
@@ -212,6 +220,7 @@ async def world() -> AsyncIterator[World]:
 
 
 async def test_a_thousand_artifacts_drain_in_order_without_a_herd(world: World) -> None:
+    world.work()
     keys = [world.server.create(number, "team") for number in range(1000)]
     await world.until(lambda: world.phases() == {"Uploading": 4, "Queued": 996})
     looks_while_queued = sum(world.movers.looks.values())
@@ -230,7 +239,27 @@ async def test_a_thousand_artifacts_drain_in_order_without_a_herd(world: World) 
     assert looks <= 8 * 1000
 
 
+async def test_artifacts_that_are_there_when_the_operator_starts_begin_in_their_order(world: World) -> None:
+    keys = [world.server.create(number, "team") for number in range(50)]
+    world.server.slow.update(keys[:4])  # they are looked at first, and are ready last
+    await world.reconciler.fill(())
+    world.work()
+    await world.until_started(4)
+    assert sorted(world.movers.started) == keys[:4]
+    await world.until(lambda: world.phases() == {"Uploading": 4, "Queued": 46})
+
+
+async def test_nobody_waits_for_one_whose_turn_it_is_but_whom_the_api_server_refuses(world: World) -> None:
+    keys = [world.server.create(number, "team") for number in range(10)]
+    world.server.refuses.add(keys[1])
+    await world.reconciler.fill(())
+    world.work()
+    await world.until_started(4)
+    assert sorted(world.movers.started) == [keys[0], *keys[2:5]]
+
+
 async def test_of_many_namespaces_each_gets_its_turn(world: World) -> None:
+    world.work()
     for number in range(100):
         world.server.create(number, "crowd")
     await world.until(lambda: world.phases() == {"Uploading": 4, "Queued": 96})
@@ -242,6 +271,7 @@ async def test_of_many_namespaces_each_gets_its_turn(world: World) -> None:
 
 
 async def test_a_raised_cap_starts_as_many_more_at_once_and_a_lowered_one_stops_nobody(world: World) -> None:
+    world.work()
     for number in range(50):
         world.server.create(number, "team")
     await world.until(lambda: world.phases() == {"Uploading": 4, "Queued": 46})
@@ -257,6 +287,7 @@ async def test_a_raised_cap_starts_as_many_more_at_once_and_a_lowered_one_stops_
 
 
 async def test_whoever_is_suspended_while_it_waits_leaves_the_line_to_the_next(world: World) -> None:
+    world.work()
     keys = [world.server.create(number, "team") for number in range(7)]
     await world.until(lambda: world.phases() == {"Uploading": 4, "Queued": 3})
     body = world.server.objects[keys[4]]
@@ -270,6 +301,7 @@ async def test_whoever_is_suspended_while_it_waits_leaves_the_line_to_the_next(w
 
 
 async def test_whoever_is_deleted_while_it_waits_leaves_the_line_to_the_next(world: World) -> None:
+    world.work()
     keys = [world.server.create(number, "team") for number in range(6)]
     await world.until(lambda: world.phases() == {"Uploading": 4, "Queued": 2})
     world.reconciler.saw("DELETED", world.server.objects.pop(keys[4]))

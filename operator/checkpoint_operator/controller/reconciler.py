@@ -95,18 +95,21 @@ class Reconciler:
             key = self.cache.put(body)
             if not is_settled(body):
                 self._queue.add(key)
-                self._take_if_running(body)
+                self._line_up(body)
         for key in self._executor.artifacts():
             self._queue.add(key)
 
-    def _take_if_running(self, body: JsonObject) -> None:
-        """A mover that was found running has its place before the first new one asks for one."""
+    def _line_up(self, body: JsonObject) -> None:
+        """A mover that was found running has its place before the first new one asks for one, and whoever may want one is
+        in line before the first look at anybody: else the quickest look would be first, and not the oldest artifact."""
         try:
             artifact = parse_artifact(body)
         except ValidationError:
             return
         if not isinstance(self._executor.state(artifact), NoMover | EarlierMover):
             self._places.take(self._demand(artifact))
+        elif not artifact.spec.suspend and not artifact.status.next_retry_time:
+            self._places.wait(self._demand(artifact))
 
     async def resync(self, namespaces: tuple[str, ...]) -> None:
         """Find what a broken watch never told: compare the versions of everything, fetch what differs."""
@@ -150,10 +153,12 @@ class Reconciler:
             self._queue.add(key)
         except KubeError as error:
             self._metrics.failed_to_reconcile("API")
+            self._leave(key)  # nobody waits for the one whose turn it is while that waits for the API server
             delay = self._queue.retry(key)
             _log.warning("%s/%s: %s; trying again in %.0f s", *key, error, delay)
         except Exception:
             self._metrics.failed_to_reconcile("Bug")
+            self._leave(key)
             delay = self._queue.retry(key)
             _log.exception("%s/%s: reconciling failed; trying again in %.0f s", *key, delay)
 
@@ -185,6 +190,7 @@ class Reconciler:
             except ValidationError as error:
                 fields = ", ".join(".".join(str(part) for part in item["loc"]) for item in error.errors())
                 _log.error("%s/%s is not understood and left alone, see: %s", *key, fields)
+                self._leave(key)
                 return None
             seconds = await self._step(artifact)
             if seconds != 0:
@@ -202,8 +208,8 @@ class Reconciler:
             decision = await self._prepare(artifact, seen, decision, now)
         if not isinstance(decision, Wait):
             _log.debug("%s/%s: %s", *artifact.key, type(decision).__name__)
-        if not isinstance(decision, Start) and not _waits_in_line(seen, decision) and self._places.leave(artifact.key):
-            self._wake()
+        if not _waits_in_line(seen, decision):
+            self._leave(artifact.key)
         match decision:
             case Wait(seconds):
                 return seconds
@@ -325,6 +331,11 @@ class Reconciler:
         if self._places.release(key):
             self._wake()
 
+    def _leave(self, key: Key) -> None:
+        """It wants no mover now: whoever is behind it moves up."""
+        if self._places.leave(key):
+            self._wake()
+
     def _wake(self) -> None:
         """Look at those who may start now, and at nobody else: a thousand may be waiting."""
         for demand in self._places.next():
@@ -375,7 +386,9 @@ def _told(status: ArtifactStatus) -> str | None:
 
 
 def _waits_in_line(seen: Observed, decision: Decision) -> bool:
-    """Whether an artifact was told to wait for others, and not for something else."""
+    """Whether an artifact stays in line: it is about to start, or was told to wait for others and not for something else."""
+    if isinstance(decision, AddFinalizer | Start):
+        return True
     return seen.blocked is not None and seen.blocked == _told(
         decision.status if isinstance(decision, Record) else seen.artifact.status
     )
