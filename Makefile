@@ -21,7 +21,7 @@ export AWS_EC2_METADATA_DISABLED := true
 
 .PHONY: help
 help:  ## What there is
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 	@echo "Kubernetes is built once and kept in $(CACHE)"
 
 .PHONY: demo
@@ -44,6 +44,11 @@ test-scale: programs  ## Ten thousand files and 3 GiB on every store (`make test
 .PHONY: test-unit
 test-unit: $(STAMP)  ## The tests that need no cluster, within a minute
 	@$(BIN)/python -m pytest tests/unit
+
+# Whoever brings a cluster needs none of the programs that start one.
+.PHONY: e2e
+e2e: $(if $(filter-out native,$(CLUSTER)),$(STAMP),programs)  ## The operator as users install it, on nodes that run pods (CLUSTER=existing: yours)
+	@$(BIN)/python -m pytest tests/e2e
 
 .PHONY: lint
 lint: $(STAMP) $(CHART_TOOLS)  ## ruff, mypy, the rooms of the design, generated files, and the chart

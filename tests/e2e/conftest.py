@@ -22,6 +22,13 @@ import local_cluster as lc  # noqa: E402
 from local_cluster.helm import ensure_helm  # noqa: E402
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The first test waits for all that is shared; others for nodes to be given up."""
+    for item in items:
+        if item.path.is_relative_to(_HERE):
+            item.add_marker(pytest.mark.timeout(600))
+
+
 @pytest.fixture(scope="session")
 def place() -> Iterator[Place]:
     """Skips where this machine cannot; what it should be able to and does not is an error."""
