@@ -9,6 +9,7 @@ from checkpoint_operator.api.artifact import CheckpointArtifact
 from checkpoint_operator.api.errors import Reason
 from checkpoint_operator.api.protocol import Failure, Operation
 from checkpoint_operator.controller.config_jobs import JobRules
+from checkpoint_operator.controller.jobs.gather import slim
 from checkpoint_operator.controller.jobs.holder import Hold, Placement, assess, claim_names
 
 RULES = rules()
@@ -25,7 +26,11 @@ def decide(
     by: JobRules = RULES,
 ) -> Placement | Hold | Failure:
     found = {"dpo-output": claim(), "archive": claim("ReadWriteMany"), **(claims or {})}
-    return assess(of or artifact(), operation, found, pods, namespace or {}, account, by)
+    answer = assess(of or artifact(), operation, found, pods, namespace or {}, account, by)
+    # What the gatherer keeps of a pod is all that is read of one.
+    kept = [slim(each) for each in pods]
+    assert assess(of or artifact(), operation, found, kept, namespace or {}, account, by) == answer
+    return answer
 
 
 def placed(*pods: dict[str, Any], **more: Any) -> Placement:

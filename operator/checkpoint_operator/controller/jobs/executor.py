@@ -29,6 +29,7 @@ from checkpoint_operator.controller.executor import (
 )
 from checkpoint_operator.controller.jobs import adoption, bounds, holder, template
 from checkpoint_operator.controller.jobs.cache import Key, MoverCache
+from checkpoint_operator.controller.jobs.gather import Gatherer
 from checkpoint_operator.controller.jobs.observe import (
     CONTAINER,
     JobView,
@@ -77,6 +78,7 @@ class JobExecutor:
         now: Callable[[], datetime],
     ) -> None:
         self._kube = kube
+        self._gather = Gatherer(kube)
         self._rules = rules
         self._namespaces = namespaces
         self._notify = notify
@@ -190,15 +192,16 @@ class JobExecutor:
     async def prepare(self, name: str, artifact: CheckpointArtifact, operation: Operation) -> Preparation:
         namespace = artifact.metadata.namespace
         wanted = holder.claim_names(artifact, operation)
-        claims = {claim: await self._claim(namespace, claim) for claim in wanted}
-        pods = [pod async for pod in self._kube.list_pods(namespace) if _mounts(pod, wanted)] if wanted else []
+        claims = {claim: await self._gather.claim(namespace, claim) for claim in wanted}
+        # Without its claim nothing starts, whoever the others are.
+        pods = await self._gather.holders(namespace) if wanted and None not in claims.values() else []
         account = bounds.service_account_name(artifact, self._rules)
-        service_account = await self._service_account(namespace, account) if account else None
+        service_account = await self._gather.service_account(namespace, account) if account else None
         # What the namespace allows matters only to what would be refused without it: most starts need not ask.
         bare: JsonObject = {"metadata": {"name": namespace}}
         answer = holder.assess(artifact, operation, claims, pods, bare, service_account, self._rules)
         if isinstance(answer, Failure):
-            allowed = await self._kube.get_namespace(namespace)
+            allowed = await self._gather.namespace(namespace)
             answer = holder.assess(artifact, operation, claims, pods, allowed, service_account, self._rules)
         match answer:
             case Failure():
@@ -214,18 +217,6 @@ class JobExecutor:
     def _earlier_mover_gone(self, artifact: CheckpointArtifact) -> bool:
         pods = self.cache.pods_of(artifact.metadata.namespace, artifact.metadata.uid)
         return not any(pod.job_uid and is_running(pod, self._nodes) for pod in pods)
-
-    async def _claim(self, namespace: str, name: str) -> JsonObject | None:
-        try:
-            return await self._kube.get_claim(namespace, name)
-        except NotFound:
-            return None
-
-    async def _service_account(self, namespace: str, name: str) -> JsonObject | None:
-        try:
-            return await self._kube.get_service_account(namespace, name)
-        except NotFound:
-            return None
 
     async def start(self, name: str, artifact: CheckpointArtifact, operation: Operation, now: datetime) -> Notice | None:
         namespace = artifact.metadata.namespace
@@ -364,11 +355,6 @@ def _read_node(body: JsonObject) -> Node:
     conditions = (body.get("status") or {}).get("conditions") or []
     ready = any(item.get("type") == "Ready" and item.get("status") == "True" for item in conditions)
     return Node.FINE if ready else Node.SILENT
-
-
-def _mounts(pod: JsonObject, claims: tuple[str, ...]) -> bool:
-    volumes = pod["spec"].get("volumes") or []
-    return any((volume.get("persistentVolumeClaim") or {}).get("claimName") in claims for volume in volumes)
 
 
 def _why_refused(error: Refused) -> Failure:
