@@ -69,7 +69,8 @@ def test_a_crowd_drains_in_order_and_each_is_written_to_three_times(make_operato
     operator.start("--max-movers=2", "--progress-seconds=3600", f"--listen-address={address}", "--log-format=json")
     ended = [operator.wait(name, "Ready", seconds=120) for name in names]
     starts = [status["startTime"] for status in ended]
-    assert starts == sorted(starts)
+    # Two start at a time, and the second of them may be quicker; nobody passes further.
+    assert all(start <= min(starts[number + 2 :], default=start) for number, start in enumerate(starts))
     assert number(address, "mover_starts_total") == len(names)
     # Queued (all but two of them), started, Ready.
     writes = number(address, "api_requests_total", verb="patch", resource="checkpointartifacts/status", code="200")

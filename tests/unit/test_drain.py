@@ -43,7 +43,6 @@ class Server:
         self.tell: Callable[[str, Object], None] = lambda kind, body: None
         self.news = asyncio.Event()
         self.refuses: set[Key] = set()
-        self.slow: set[Key] = set()
         self._version = 0
 
     def create(self, number: int, namespace: str) -> Key:
@@ -67,8 +66,7 @@ class Server:
         return namespace, name
 
     async def patch(self, artifact: CheckpointArtifact, patch: Object, *, status: bool = False) -> Object:
-        for _ in range(500 if artifact.key in self.slow else 1):
-            await asyncio.sleep(0)
+        await asyncio.sleep(0)
         if artifact.key in self.refuses:
             raise KubeError("a webhook refuses it")
         body = self.objects[artifact.key]
@@ -240,12 +238,11 @@ async def test_a_thousand_artifacts_drain_in_order_without_a_herd(world: World) 
 
 
 async def test_artifacts_that_are_there_when_the_operator_starts_begin_in_their_order(world: World) -> None:
-    keys = [world.server.create(number, "team") for number in range(50)]
-    world.server.slow.update(keys[:4])  # they are looked at first, and are ready last
+    keys = [world.server.create(number * 30, "team") for number in reversed(range(50))]  # listed by name, as it were
     await world.reconciler.fill(())
     world.work()
     await world.until_started(4)
-    assert sorted(world.movers.started) == keys[:4]
+    assert sorted(world.movers.started) == sorted(keys[-4:])
     await world.until(lambda: world.phases() == {"Uploading": 4, "Queued": 46})
 
 
