@@ -17,7 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,15 +45,15 @@ WRITES = {"create", "update", "patch", "delete", "deletecollection"}
 
 
 @dataclass(frozen=True)
-class Audited(lc.Timings):
+class Audited:
     """An API server that writes down every request of the operator."""
 
-    policy: Path = field(kw_only=True)
-    log: Path = field(kw_only=True)
+    policy: Path
+    log: Path
 
     @property
     def server_flags(self) -> tuple[str, ...]:
-        return *super().server_flags, f"--audit-policy-file={self.policy}", f"--audit-log-path={self.log}"
+        return f"--audit-policy-file={self.policy}", f"--audit-log-path={self.log}"
 
     @classmethod
     def into(cls, folder: Path) -> "Audited":
@@ -129,7 +129,7 @@ def new_place() -> Iterator[Place]:
         folder = Path(name)
         audit = Audited.into(folder)
         with (
-            lc.start_node(nodes=1, name="bench", images=[archive], timings=audit) as cluster,
+            lc.start_node(nodes=1, name="bench", images=[archive], server_flags=audit.server_flags) as cluster,
             lc.start_object_store("bench", address=cluster.host_address) as store,
         ):
             store.client().create_bucket(Bucket=BUCKET)

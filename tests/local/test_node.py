@@ -19,7 +19,7 @@ pytestmark = pytest.mark.timeout(300)
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[lc.NodeCluster]:
     try:
-        with lc.start_node(nodes=2, timings=lc.Timings(lost_after=12, evicted_after=5)) as started:
+        with lc.start_node(nodes=2, timings=lc.Timings(lost_after=20, evicted_after=5)) as started:
             yield started
     except lc.NodeUnavailable as error:
         pytest.skip(str(error))

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.timeout(300)
 def node_programs() -> Path:
     """Where the programs of a node are; the test is skipped on a machine that can have none."""
     try:
-        return prepare_node(lambda _: None)[1]
+        return prepare_node(lambda _: None).node
     except lc.NodeUnavailable as error:
         pytest.skip(str(error))
 
@@ -76,7 +76,7 @@ def test_a_node_for_the_shell_stays_takes_images_and_ends_as_a_whole(node_progra
     code, out, err = command_line.run("up", "--name", "t", "--nodes", "1")
     assert code == 0, err
     assert [line.partition("=")[0] for line in out.splitlines()] == ["export KUBECONFIG", "export PATH"]
-    assert "1 nodes" in command_line.run("status", "--name", "t")[1]
+    assert "node-1: pods reach what listens on 198.1" in command_line.run("status", "--name", "t")[1]
     code, again, err = command_line.run("up", "--name", "t", "--nodes", "1")
     assert (code, again) == (0, out)
     code, _, err = command_line.run("up", "--name", "t", "--nodes", "2")

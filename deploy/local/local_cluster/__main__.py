@@ -27,7 +27,7 @@ def prepare() -> None:
     if chosen_provider() == NATIVE:  # a cluster that is there already needs no programs
         print(programs_dir(say))
         try:
-            print(prepare_node(say)[1])
+            print(prepare_node(say).node)
         except NodeUnavailable as error:
             say(f"no node can run here: {error}")
     try:

@@ -11,7 +11,7 @@ from typing import Any
 
 from .control_plane import is_ready, start_control_plane
 from .errors import LocalClusterError
-from .node import NodeCluster, loader, prepare_node, start_node_in
+from .node import NodeCluster, NodeOptions, loader, prepare_node, start_node_in
 from .node_world import NAME as WORLD
 from .paths import checked_name, clusters_dir, locked, private_file
 from .processes import Identity
@@ -58,7 +58,7 @@ def up(name: str, *, say: Say, nodes: int = 0) -> Cluster:
             raise
         say(f"cluster {name} is up at {cluster.server}; `down` stops it")
         if isinstance(cluster, NodeCluster):
-            say(f"pods reach what listens on {cluster.host_address} here; hostPath volumes belong into {cluster.volumes}")
+            say(_about_nodes(cluster))
         return cluster
 
 
@@ -76,12 +76,12 @@ def _start_plane(name: str, state: Path, say: Say) -> Cluster:
 
 
 def _start_node(name: str, state: Path, nodes: int, say: Say) -> Cluster:
-    kube, programs = prepare_node(say)
+    programs = prepare_node(say)
     sweep()  # what a killed one left may hold a range
     say(f"starting cluster {name} with {nodes} node{'s' if nodes > 1 else ''}")
     return start_on_free_ports(
         lambda: _fresh(state),
-        lambda session: start_node_in(session, kube, programs, name, nodes, (), None, say),
+        lambda session: start_node_in(session, programs, name, NodeOptions(nodes), say),
     )
 
 
@@ -138,10 +138,17 @@ def status(name: str) -> str:
     found = running(name)
     if found is not None:
         manager = "with" if found.has_controller_manager else "without"
-        nodes = f", {len(found.nodes)} nodes" if isinstance(found, NodeCluster) else ""
-        return f"up: {found.server}, {manager} a controller manager{nodes}, state in {found.state_dir}"
+        text = f"up: {found.server}, {manager} a controller manager, state in {found.state_dir}"
+        return f"{text}\n{_about_nodes(found)}" if isinstance(found, NodeCluster) else text
     state = clusters_dir() / name
     return f"down, with files of a cluster that no longer runs in {state}" if state.exists() else "down"
+
+
+def _about_nodes(cluster: NodeCluster) -> str:
+    return (
+        f"{', '.join(cluster.nodes)}: pods reach what listens on {cluster.host_address} here; "
+        f"hostPath volumes belong into {cluster.volumes}"
+    )
 
 
 def exports(cluster: Cluster) -> str:

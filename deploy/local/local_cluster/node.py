@@ -10,18 +10,23 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .control_plane import PROGRAMS, ControlPlane, Place, api_get, check_programs, start_at
 from .credentials import Account
 from .errors import LocalClusterError, NodeUnavailable
-from .node_agents import Agent, Agents, Timings, accounts_of, containerd_socket, load_image
+from .node_agents import Agent, Agents, Timings, containerd_socket, load_image
 from .node_build import build_node_programs, check_machine, ensure_tools, pause_archive
 from .node_cgroups import make_cgroups
-from .node_network import claim_network, connect, inside
-from .node_world import create_world, first_process, world_path
+from .node_network import Network, claim_network, connect, inside
+from .node_world import World, create_world, first_process, world_path
 from .paths import checked_name, new_run_dir
+from .processes import LOOPBACK
 from .providers import NATIVE, PROVIDER_VARIABLE, Cluster, Say, chosen_provider, programs_dir, silent
 from .session import Session, start_on_free_ports, sweep
+
+if TYPE_CHECKING:
+    from .node_certificates import Authority
 
 KUBE_PROGRAMS = (*PROGRAMS, "kube-controller-manager", "kube-scheduler", "kubelet", "kube-proxy")
 MOST_NODES = 2
@@ -62,93 +67,151 @@ class NodeCluster(Cluster):
         self._restart(name)
 
 
+@dataclass(frozen=True)
+class NodePrograms:
+    """The folders of the Kubernetes programs, and of containerd and its company."""
+
+    kube: Path
+    node: Path
+
+
+@dataclass(frozen=True)
+class NodeOptions:
+    nodes: int = 1
+    images: Sequence[Path] = ()
+    timings: Timings = field(default_factory=Timings)
+    server_flags: Sequence[str] = ()
+
+
 def start_node(
     nodes: int = 1,
     *,
     name: str = "test",
     images: Sequence[Path] = (),
     timings: Timings | None = None,
+    server_flags: Sequence[str] = (),
     say: Say = silent,
 ) -> NodeCluster:
     """A cluster with that many nodes, which ends with this process at the latest, even when that is killed.
+
+    `images` are archives to be brought onto every node, `server_flags` go to the API server besides its usual ones.
 
     Raises:
         NodeUnavailable: this machine cannot; says why.
         LocalClusterError: something did not start.
     """
-    kube, programs = prepare_node(say)
+    programs = prepare_node(say)
     sweep()
+    options = NodeOptions(nodes, images, timings or Timings(), server_flags)
     return start_on_free_ports(
         lambda: new_run_dir(name),
-        lambda session: start_node_in(session, kube, programs, checked_name(name), nodes, images, timings, say),
+        lambda session: start_node_in(session, programs, checked_name(name), options, say),
     )
 
 
-def prepare_node(say: Say) -> tuple[Path, Path]:
-    """The folders of the Kubernetes programs and of the node's; built or installed first where something is missing."""
+def prepare_node(say: Say) -> NodePrograms:
+    """What a node consists of; built or installed first where something is missing.
+
+    Raises:
+        NodeUnavailable: this machine can run no node; says why.
+    """
     if chosen_provider() != NATIVE:
         raise NodeUnavailable(f"{PROVIDER_VARIABLE}={chosen_provider()} has its own nodes; unset it to start one here.")
     check_machine()
     ensure_tools(say)
     kube = programs_dir(say)
     check_programs(kube, KUBE_PROGRAMS)
-    return kube, build_node_programs(say)
+    return NodePrograms(kube, build_node_programs(say))
 
 
-def start_node_in(
-    session: Session,
-    kube: Path,
-    programs: Path,
-    name: str,
-    count: int,
-    images: Sequence[Path],
-    timings: Timings | None,
-    say: Say,
-) -> NodeCluster:
+def start_node_in(session: Session, programs: NodePrograms, name: str, options: NodeOptions, say: Say) -> NodeCluster:
     """Start it all in a session that is there already."""
     from .node_certificates import Authority  # who wants no node needs no library for certificates
 
-    if not 1 <= count <= MOST_NODES:
-        raise LocalClusterError(f"{count} nodes cannot be started here, only 1 to {MOST_NODES}.")
-    names = tuple(f"node-{number}" for number in range(1, count + 1))
-    timings = timings or Timings()
+    if not 1 <= options.nodes <= MOST_NODES:
+        raise LocalClusterError(f"{options.nodes} nodes cannot be started here, only 1 to {MOST_NODES}.")
     state = session.state_dir
     volumes = state / "volumes"
     volumes.mkdir()
 
     network = claim_network(session)
     say(f"the node's namespaces: {network.range}, with this machine at {network.host}")
-    world = create_world(session, [kube, programs])
-    connect(network, session, world.wrap, world.pid, count)
+    world = create_world(session, [programs.kube, programs.node])
+    connect(network, session, world.wrap, world.pid, options.nodes)
     authority = Authority(state / "pki", state / "ca.crt")
-    accounts = accounts_of(names)
-    agents = Agents(world, network, kube, programs, timings)
-    made = [
-        Agent(
-            node,
-            number,
-            make_cgroups(session, f"checkpoint-node-{network.slot}-{number}"),
-            authority.server(node, [network.node(number)], [node]),
-            accounts[node],
-        )
-        for number, node in enumerate(names, 1)
-    ]
-    for agent in made:
-        agents.start_containerd(agent)
+    starter = Agents(world, network, programs.kube, programs.node, options.timings)
+    agents = {agent.name: agent for agent in _agents(session, network, authority, options.nodes)}
+    for agent in agents.values():
+        starter.start_containerd(agent)
 
     scheduler, proxy = Account(_SCHEDULER), Account(_PROXY)
+    accounts = (scheduler, proxy, *(agent.account for agent in agents.values()))
+    place = _place(world, network, authority, accounts, options)
+    plane = start_at(place, session, programs.kube, name, with_manager=True, say=say)
+    starter.start_scheduler(plane, scheduler)
+    say(f"starting the kubelet of {', '.join(agents)}")
+    for agent in agents.values():
+        starter.load(agent, pause_archive(programs.node))
+        starter.start_kubelet(agent, plane)
+    starter.start_proxy(plane, proxy, next(iter(agents)))
+    load = loader(programs.node, world.unshare, options.nodes)
+    for archive in options.images:
+        load(archive)
+    for agent in agents.values():
+        _wait_ready(plane, agent)
+    return NodeCluster(
+        name=name,
+        kubeconfig=plane.kubeconfig,
+        server=plane.server,
+        kubectl=programs.kube / "kubectl",
+        provider=NATIVE,
+        has_controller_manager=True,
+        state_dir=state,
+        host_address=network.host,
+        nodes=tuple(agents),
+        volumes=volumes,
+        programs=programs.node,
+        _stop=session.stop,
+        _detach=session.detach,
+        _load=load,
+        _kill=lambda node: session.end(agents[node].kubelet),
+        _restart=lambda node: starter.start_kubelet(agents[node], plane),
+    )
+
+
+def _agents(session: Session, network: Network, authority: Authority, count: int) -> list[Agent]:
+    made = []
+    for number in range(1, count + 1):
+        name = f"node-{number}"
+        made.append(
+            Agent(
+                name,
+                number,
+                make_cgroups(session, f"checkpoint-node-{network.slot}-{number}"),
+                authority.server(name, [network.node(number)], [name]),
+                Account(f"system:node:{name}", "system:nodes"),
+            )
+        )
+    return made
+
+
+def _place(
+    world: World, network: Network, authority: Authority, accounts: tuple[Account, ...], options: NodeOptions
+) -> Place:
+    """Where the control plane runs, so that it knows its nodes and they know it."""
     client = authority.client(_KUBELET_CLIENT, "system:masters")
-    place = Place(
+    service = "kubernetes.default.svc"
+    return Place(
         address=network.server,
         services=str(network.services),
         wrap=world.wrap,
         enter=lambda: inside(world.pid),
         certificates=authority.server(
             "kube-apiserver",
-            [network.server, network.service(1), "127.0.0.1"],
-            ["kubernetes", "kubernetes.default", "kubernetes.default.svc", "kubernetes.default.svc.cluster.local"],
+            [network.server, network.service(1), LOOPBACK],
+            ["kubernetes", "kubernetes.default", service, f"{service}.cluster.local"],
         ),
-        accounts=(scheduler, proxy, *accounts.values()),
+        accounts=accounts,
         server_flags=(
             f"--client-ca-file={authority.ca}",
             f"--kubelet-certificate-authority={authority.ca}",
@@ -158,39 +221,10 @@ def start_node_in(
             "--kubelet-preferred-address-types=InternalIP",
             "--enable-admission-plugins=NodeRestriction",
             "--allow-privileged",
-            *timings.server_flags,
+            *options.timings.server_flags,
+            *options.server_flags,
         ),
-        manager_flags=timings.manager_flags,
-    )
-    plane = start_at(place, session, kube, name, with_manager=True, say=say)
-    agents.start_scheduler(plane, scheduler)
-    for agent in made:
-        agents.load(agent, pause_archive(programs))
-        agents.start_kubelet(agent, plane)
-    agents.start_proxy(plane, proxy, names[0])
-    say(f"starting the kubelet of {', '.join(names)}")
-    load = loader(programs, world.unshare, count)
-    for archive in images:
-        load(archive)
-    _wait_ready(plane, made)
-    by_name = {agent.name: agent for agent in made}
-    return NodeCluster(
-        name=name,
-        kubeconfig=plane.kubeconfig,
-        server=plane.server,
-        kubectl=kube / "kubectl",
-        provider=NATIVE,
-        has_controller_manager=True,
-        state_dir=state,
-        host_address=network.host,
-        nodes=names,
-        volumes=volumes,
-        programs=programs,
-        _stop=session.stop,
-        _detach=session.detach,
-        _load=load,
-        _kill=lambda node: session.end(by_name[node].kubelet),
-        _restart=lambda node: agents.start_kubelet(by_name[node], plane),
+        manager_flags=options.timings.manager_flags,
     )
 
 
@@ -204,15 +238,13 @@ def loader(programs: Path, unshare: int, nodes: int) -> Callable[[Path], None]:
     return load
 
 
-def _wait_ready(plane: ControlPlane, agents: Sequence[Agent]) -> None:
-    """Each kubelet in turn, so that one that ends or hangs is named, with the end of its log."""
-    for agent in agents:
+def _wait_ready(plane: ControlPlane, agent: Agent) -> None:
+    def ready() -> bool:
+        status, text = api_get(plane.server, f"/api/v1/nodes/{agent.name}", plane.ca, plane.admin.token)
+        if status != 200:
+            return False
+        conditions = json.loads(text)["status"].get("conditions", [])
+        return any(item["type"] == "Ready" and item["status"] == "True" for item in conditions)
 
-        def ready(name: str = agent.name) -> bool:
-            status, text = api_get(plane.server, f"/api/v1/nodes/{name}", plane.ca, plane.admin.token)
-            if status != 200:
-                return False
-            conditions = json.loads(text)["status"].get("conditions", [])
-            return any(item["type"] == "Ready" and item["status"] == "True" for item in conditions)
-
-        plane.session.wait_until(ready, what=f"{agent.name} to be Ready", seconds=_PATIENCE, program=agent.kubelet)
+    # By name, so that a kubelet that ends or hangs is the one whose log is shown.
+    plane.session.wait_until(ready, what=f"{agent.name} to be Ready", seconds=_PATIENCE, program=agent.kubelet)

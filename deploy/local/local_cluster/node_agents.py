@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -270,8 +269,3 @@ def load_image(programs: Path, socket: Path, archive: Path) -> None:
         done = subprocess.run(command, stdin=stream, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise LocalClusterError(f"containerd does not take {archive}: {(done.stderr or done.stdout).strip()}")
-
-
-def accounts_of(names: Sequence[str]) -> dict[str, Account]:
-    """Those of the kubelets, by node."""
-    return {name: Account(f"system:node:{name}", "system:nodes") for name in names}

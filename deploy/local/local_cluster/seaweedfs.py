@@ -67,7 +67,7 @@ class ObjectStore(Running):
 
 
 def start_object_store(name: str = "s3", identities: Sequence[Identity] = (), address: str = LOOPBACK) -> ObjectStore:
-    """Up in a second or two, on one address of this machine. There is always an `admin`; the identities given come on top."""
+    """Up in a second or two on one address of this machine. There is always an `admin`; the identities given come on top."""
     weed = _weed()
     everybody = {"admin": Identity("admin", ("Admin", "Read", "Write", "List", "Tagging"))}
     for identity in identities:
