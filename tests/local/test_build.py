@@ -11,7 +11,7 @@ import pytest
 
 from local_cluster import LocalClusterError
 from local_cluster.build import KUBE_SOURCE, NAMES, VERSITYGW_SOURCE, Source, build, build_go_program
-from local_cluster.go_build import pinned_version
+from local_cluster.go_build import GoSource, compile_once, pinned_version
 from local_cluster.go_toolchain import find_go, wanted_version
 from local_cluster.paths import CACHE_VARIABLE, locked
 
@@ -116,6 +116,35 @@ def test_a_program_of_any_pinned_module_is_built_once_and_runs(tmp_path: Path, m
     assert said == []
     with pytest.raises(LocalClusterError, match=r"requires no released version of example\.org/other; add that line"):
         build_go_program(folder, "example.org/other", "other", said.append)
+
+
+@pytest.fixture
+def two_programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A module with a program in each of two folders."""
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    source = tmp_path / "source"
+    for name in ("one", "two"):
+        (source / name).mkdir(parents=True)
+        (source / name / "main.go").write_text(f'package main\n\nfunc main() {{ println("{name}") }}\n')
+    (source / "go.mod").write_text("module several\n\ngo 1.20\n")
+    return source
+
+
+def test_several_programs_of_one_module_lie_in_one_folder(two_programs: Path) -> None:
+    source = GoSource(two_programs, "v1.0.0", (), ("one", "two"), ("./one", "./two"))
+    folder = compile_once(source, "several", "building {version} with {go}", lambda _: None)
+    for name in ("one", "two"):
+        said = subprocess.run([folder / name], capture_output=True, text=True, check=True).stderr
+        assert said == f"{name}\n"
+    key = source.key("amd64")
+    (two_programs / "two" / "main.go").write_text("package main\n\nfunc main() {}\n")
+    assert source.key("amd64") != key, "another source is another build"
+
+
+def test_a_name_that_no_package_makes_is_an_error_and_no_build(two_programs: Path) -> None:
+    source = GoSource(two_programs, "v1.0.0", (), ("one", "three"), ("./one", "./two"))
+    with pytest.raises(LocalClusterError, match="make no three"):
+        compile_once(source, "several", "building {version} with {go}", lambda _: None)
 
 
 def test_versitygw_is_pinned_to_a_release() -> None:

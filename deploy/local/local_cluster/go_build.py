@@ -97,15 +97,24 @@ def _build_into(target: Path, source: GoSource, binary: str, go: Path, say: Say)
         command = [str(go), "build", "-v", *source.flags, "-o", output, *source.packages]
         began = time.monotonic()
         _run(command, source.folder, log, _count_packages(go, source, log, say), say)
-        for name in source.names:
-            if not (fresh / name).exists():
-                (fresh / name).symlink_to(binary)
+        _name_programs(fresh, source, binary)
         if target.exists():
             shutil.rmtree(target)  # Something without the last name in it: no whole build.
         fresh.rename(target)
         say(f"built in {_clock(time.monotonic() - began)}: {target}")
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _name_programs(folder: Path, source: GoSource, binary: str) -> None:
+    if len(source.packages) == 1:
+        for name in source.names:
+            if name != binary:
+                (folder / name).symlink_to(binary)
+        return
+    absent = [name for name in source.names if not (folder / name).exists()]
+    if absent:
+        raise LocalClusterError(f"the packages of {source.folder} make no {', '.join(absent)}; names and go.mod do not fit.")
 
 
 def _count_packages(go: Path, source: GoSource, log: Path, say: Say) -> int:
