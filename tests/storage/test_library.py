@@ -291,12 +291,14 @@ async def test_a_list_is_an_async_iterator_that_can_be_left(world: World, source
 def test_ctrl_c_ends_an_upload_as_a_cancellation_does(world: World, big: Path) -> None:
     script = textwrap.dedent(
         """
-        import sys
+        import signal, sys
         from checkpoint_operator.storage import StorageManager, TargetOptions
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
         said = []
         def say(progress):
             if progress.bytes_total and not said:
                 said.append(print("under way", flush=True))
+                sys.stdin.read()
         try:
             StorageManager(TargetOptions.model_validate_json(sys.argv[1])).upload(sys.argv[2], sys.argv[3], progress=say)
         except KeyboardInterrupt:
@@ -304,10 +306,12 @@ def test_ctrl_c_ends_an_upload_as_a_cancellation_does(world: World, big: Path) -
         """
     )
     command = [sys.executable, "-c", script, world.options.model_dump_json(by_alias=True), str(big), f"{world.base}/run"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE) as child:
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdin is not None
         assert child.stdout is not None
         assert child.stdout.readline() == b"under way\n"
         child.send_signal(signal.SIGINT)
+        child.stdin.close()
         assert child.wait(60) == 130
     assert_invisible(world)
 

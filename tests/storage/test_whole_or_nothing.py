@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 
 import pytest
-from storage_world import MARKER, MIB, SIX, OnLook, World, assert_nothing_committed, make, refused, tree
+from storage_world import MARKER, MIB, SIX, ObjectWorld, OnLook, World, assert_nothing_committed, make, refused, tree
 
 from checkpoint_operator.api.errors import Reason
 from checkpoint_operator.api.protocol import Progress, Stage
@@ -120,6 +121,25 @@ def test_a_deletion_removes_everything_and_can_be_repeated(world: World, source:
     assert_nothing_committed(world)
     assert world.delete() == "nothing is left there"
     assert world.upload(source, uid="uid-b").data_owner
+
+
+def test_a_deletion_of_many_files_removes_several_at_once_and_the_marker_last(world: World, tmp_path: Path) -> None:
+    if not isinstance(world, ObjectWorld):
+        pytest.skip("a volume has no round trips")
+    world.upload(make(tmp_path / "many", {f"{number}.bin": b"x" for number in range(9)}))
+    meeting, removed = threading.Barrier(4), list[str]()
+
+    def meet(verb: str, key: str) -> None:
+        if verb == "remove":
+            removed.append(key.rpartition("/")[2])
+            if 2 <= len(removed) <= 5:  # the first one is by itself
+                meeting.wait(timeout=60)
+
+    world.cues.append(meet)
+    assert world.delete() == "nothing is left there"
+    assert removed[-1] == MARKER
+    assert sorted(removed[:-1]) == [f"{number}.bin" for number in range(9)]
+    assert world.paths() == []
 
 
 def test_a_deletion_in_the_library_needs_no_uid_for_what_is_committed(world: World, source: Path) -> None:

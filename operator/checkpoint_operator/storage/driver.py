@@ -1,6 +1,6 @@
 """Performs what the commit protocol asks for: on a real store, with a real source."""
 
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 from checkpoint_operator.api.errors import Reason
@@ -13,6 +13,7 @@ from checkpoint_operator.storage.errors import StorageError
 from checkpoint_operator.storage.manifest import FileTable, content_digest
 from checkpoint_operator.storage.marker import Marker, Seen
 from checkpoint_operator.storage.meter import Meter
+from checkpoint_operator.storage.parallel import for_each
 from checkpoint_operator.storage.source import Listing, SourceTree
 from checkpoint_operator.storage.store import Entry, ObjectStore, Upload
 from checkpoint_operator.storage.transfer import FILES_AT_ONCE, STREAMS, Transfer
@@ -150,7 +151,9 @@ class Driver:
                         raise StorageError(
                             Reason.UNSUPPORTED_NAME, f"the manifest lists {found.path!r}: nothing is removed by that name"
                         )
-                    self._store.remove(self._prefix + found.path, found.token)
+                # The first one by itself: it may be the one that tells how this store is to be asked.
+                self._remove_all(objects[:1])
+                self._remove_all(objects[1:])
             case commit.AbortUploads():
                 self._abort_uploads()
         return None
@@ -186,6 +189,15 @@ class Driver:
         entries = self._entries()
         self._found = {path: size for path, (size, _) in entries.items()}
         return tuple(found for path in entries if (found := self._look(path)))
+
+    def _remove_all(self, objects: Sequence[Found]) -> None:
+        """Several at once, in no order: one after the other, 10,000 files would take as many round trips."""
+        for_each(
+            lambda found: self._store.remove(self._prefix + found.path, found.token),
+            objects,
+            workers=max(1, min(STREAMS, len(objects))),
+            name="remove",
+        )
 
     def _look(self, path: str) -> Found | None:
         stat = self._store.stat(self._prefix + path)
