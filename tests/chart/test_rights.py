@@ -5,7 +5,7 @@ import json
 import pytest
 from api_world import CRD, OPERATOR, Rights, beyond, helm_runs, may, namespace, until
 from chart_world import INSTALLATIONS
-from manifests import CHART, NAMESPACE
+from manifests import CHART, NAMESPACE, ROOT
 
 import local_cluster as lc
 from local_cluster.operator_process import kubectl
@@ -24,6 +24,19 @@ OPERATOR_RIGHTS = {
     "namespaces": {"get"},
     "nodes": {"get"},
 }
+
+
+def test_the_page_about_permissions_has_the_same_table() -> None:
+    section = (ROOT / "docs" / "permissions.md").read_text().partition("## The operator")[2].partition("\n## ")[0]
+    found: Rights = {}
+    resource = ""
+    for line in section.splitlines():
+        if line.startswith("| ") and not line.startswith("| right"):
+            first, verbs = (cell.strip() for cell in line.split("|")[1:3])
+            resource = first.strip("`") or resource
+            found.setdefault(resource, set()).update(verbs.split(", "))
+    short = {name.replace(".checkpoints.rlhf.dev", ""): verbs for name, verbs in OPERATOR_RIGHTS.items()}
+    assert found == short
 
 
 def test_the_operator_may_do_what_the_table_says_and_nothing_else(installed: lc.Cluster, anybody: Rights) -> None:
