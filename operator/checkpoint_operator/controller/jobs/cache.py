@@ -140,6 +140,10 @@ class MoverCache:
             if pod.job_uid == job.uid and pod.gone:
                 self._drop_pod(pod.uid)
 
+    def is_forgotten(self, job: JobView) -> bool:
+        """Whether :meth:`forget` was called for it: its end just has not arrived yet."""
+        return job.uid in self._forgotten
+
     def mark(self) -> int:
         """A point in time for :meth:`sweep`."""
         return self._tick()

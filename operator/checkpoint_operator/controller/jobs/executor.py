@@ -271,7 +271,7 @@ class JobExecutor:
         if name:
             self._refused.pop((key[0], name), None)
         for job in self.cache.jobs_of(key):
-            if not job.is_movers or job.owner_uid != uid or name not in (None, job.name):
+            if not job.is_movers or job.owner_uid != uid or name not in (None, job.name) or self.cache.is_forgotten(job):
                 continue
             if not job.gone and not job.deleting:
                 await self._kube.delete_job(job.namespace, job.name, job.uid, wait_for_pods=False)
