@@ -26,7 +26,7 @@ oom_score = 0
   address = {socket}
 
 [plugins."io.containerd.cri.v1.images"]
-  snapshotter = "overlayfs"
+  snapshotter = {snapshotter}
   [plugins."io.containerd.cri.v1.images".pinned_images]
     sandbox = {pause}
 
@@ -120,6 +120,7 @@ class Agents:
             "state": f"/run/{agent.containerd}",
             "socket": agent.socket,
             "pause": PAUSE_IMAGE,
+            "snapshotter": _snapshotter(self.world.session.state_dir),
             "plugins": self.programs,
             "network": plugins,
             "runc": tool("runc"),
@@ -255,6 +256,14 @@ class Agents:
             },
             **self.timings.kubelet,
         }
+
+
+def _snapshotter(folder: Path) -> str:
+    """Layers of images are laid over each other by the kernel, but not where the folder is such an overlay itself."""
+    shown = subprocess.run(
+        ["stat", "--file-system", "--format=%T", str(folder)], capture_output=True, text=True, check=False
+    )
+    return "native" if shown.stdout.strip().startswith("overlay") else "overlayfs"
 
 
 def containerd_socket(number: int) -> str:
