@@ -186,22 +186,32 @@ def _buildah(store: Path) -> list[str]:
 
 
 def _make_base(base: Base, buildah: list[str], archive: Path, say: Say) -> None:
-    say(f"making a stand-in for the base image, Debian {base.suite} with Python {base.python} (about two minutes, once)")
     work = archive.parent / ".base"
     _remove(work)
     work.mkdir(parents=True)
+    # Kept beside the store: that is emptied now and then, and what is made from the network need not be made again.
+    tar = archive.parent / f"{base.image.rpartition(':')[2]}.tar"
     try:
-        root = work / "root"
-        include = f"--include={','.join(_PACKAGES)}"
-        _run(["debootstrap", "--variant=minbase", include, base.suite, str(root)], archive)
-        if not (root / "usr" / "bin" / f"python{base.python}").exists():
-            raise LocalClusterError(f"Debian {base.suite} has no Python {base.python}; the Dockerfile's base wants both.")
-        without = [f"--exclude=./{path}" for path in ("dev/*", "var/cache/apt/*", "var/lib/apt/lists/*", "var/log/*")]
-        _run(["tar", "--create", "--file", str(work / "base.tar"), *without, "--directory", str(root), "."], archive)
+        if not tar.exists():
+            _bootstrap(base, work, archive, say).rename(tar)
+        os.link(tar, work / "base.tar")
         (work / "Dockerfile").write_text("FROM scratch\nADD base.tar /\n", "utf-8")
         _run([*buildah, "build", "--isolation", "chroot", "--tag", base.image, str(work)], archive)
     finally:
         _remove(work)
+
+
+def _bootstrap(base: Base, work: Path, archive: Path, say: Say) -> Path:
+    """The files of the stand-in as one tar. Raises LocalClusterError where that Debian has no such Python."""
+    say(f"making a stand-in for the base image, Debian {base.suite} with Python {base.python} (about two minutes, once)")
+    root, tar = work / "root", work / "fresh.tar"
+    _run(["debootstrap", "--variant=minbase", f"--include={','.join(_PACKAGES)}", base.suite, str(root)], archive)
+    if not (root / "usr" / "bin" / f"python{base.python}").exists():
+        raise LocalClusterError(f"Debian {base.suite} has no Python {base.python}; the Dockerfile's base wants both.")
+    without = [f"--exclude=./{path}" for path in ("dev/*", "var/cache/apt/*", "var/lib/apt/lists/*", "var/log/*")]
+    _run(["tar", "--create", "--file", str(tar), *without, "--directory", str(root), "."], archive)
+    remove_tree(root)
+    return tar
 
 
 def _fetch_wheels(base: Base, context: Path, archive: Path, say: Say) -> Path:
