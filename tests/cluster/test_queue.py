@@ -5,6 +5,7 @@ import os
 import re
 import socket
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 from conftest import BUCKET, Operator
 from fault_proxy import FaultProxy
 
+from checkpoint_operator.controller.scheduling import SAY_AGAIN
 from local_cluster.operator_process import kubectl
 
 MIB = 1 << 20
@@ -37,22 +39,32 @@ def write_limits(operator: Operator, **limits: int) -> Path:
     return new.replace(path)
 
 
-def number(address: str, name: str, **labels: str) -> float:
-    """The sum of a metric's samples that have these labels."""
+def ask(address: str, path: str) -> tuple[int, str]:
     connection = HTTPConnection(address, timeout=10)
     try:
-        connection.request("GET", "/metrics")
-        text = connection.getresponse().read().decode()
+        connection.request("GET", path)
+        answer = connection.getresponse()
+        return answer.status, answer.read().decode()
     finally:
         connection.close()
+
+
+def number(address: str, name: str, **labels: str) -> float:
+    """The sum of a metric's samples that have these labels."""
     total = 0.0
-    for line in text.splitlines():
+    for line in ask(address, "/metrics")[1].splitlines():
         if (
             line.partition("{")[0].partition(" ")[0] == f"checkpoint_operator_{name}"
             and labels.items() <= dict(re.findall(r'(\w+)="([^"]*)"', line)).items()
         ):
             total += float(line.rpartition(" ")[2])
     return total
+
+
+def seconds_between(artifact: dict[str, Any]) -> float:
+    """From an artifact's creation to its start."""
+    created, started = artifact["metadata"]["creationTimestamp"], artifact["status"]["startTime"]
+    return (datetime.fromisoformat(started) - datetime.fromisoformat(created)).total_seconds()
 
 
 def message(status: dict[str, Any]) -> str:
@@ -72,14 +84,15 @@ def test_a_crowd_drains_in_order_and_each_is_written_to_three_times(make_operato
     # Two start at a time, and the second of them may be quicker; nobody passes further.
     assert all(start <= min(starts[number + 2 :], default=start) for number, start in enumerate(starts))
     assert number(address, "mover_starts_total") == len(names)
-    # Queued (all but two of them), started, Ready.
+    # Queued (all but two of them), started, Ready; and a new position for each whole minute that one has waited.
+    minutes = sum(int(seconds_between(operator.get(name)) / SAY_AGAIN) for name in names)
     writes = number(address, "api_requests_total", verb="patch", resource="checkpointartifacts/status", code="200")
-    assert writes <= 3 * len(names)
+    assert writes <= 3 * len(names) + minutes
     assert number(address, "queue_length") == 0
     assert number(address, "artifacts", phase="Ready") == len(names)
     assert operator.stop() == 0
     committed = [line for line in map(json.loads, operator.log.read_text().splitlines()) if "Committed" in line["message"]]
-    assert [(line["namespace"], line["name"]) for line in committed] == [("crowd", name) for name in names]
+    assert sorted((line["namespace"], line["name"]) for line in committed) == [("crowd", name) for name in names]
     assert all(line["uid"] == operator.get(line["name"])["metadata"]["uid"] for line in committed)
 
 
@@ -135,6 +148,27 @@ def test_a_bucket_has_its_own_cap_and_holds_up_no_other(make_operator: Callable[
     proxy.mend()
     operator.wait("second", "Ready", seconds=90)
     assert operator.stop() == 0
+
+
+def test_an_api_server_that_is_away_is_told_by_a_number_and_is_no_sickness(make_operator: Callable[[str], Operator]) -> None:
+    operator = make_operator("deaf")
+    with FaultProxy(int(operator.cluster.server.rpartition(":")[2])) as api:
+        operator.api = api
+        address = free_address()
+        operator.start(f"--listen-address={address}", "--resync-seconds=10")
+        operator.save("before")
+        operator.create("before")
+        operator.wait("before", "Ready")
+        api.cut()
+        operator.until("before", lambda _: number(address, "watch_age_seconds") > 12, "that nothing is heard")
+        for path in ("/healthz", "/readyz"):
+            assert ask(address, path) == (200, "ok\n")
+        api.mend()
+        operator.save("after")
+        operator.create("after")
+        operator.wait("after", "Ready", seconds=90)
+        assert number(address, "api_requests_total", code="0") > 0
+        assert operator.stop() == 0
 
 
 def test_a_namespace_that_is_deleted_takes_no_checkpoint_along(make_operator: Callable[[str], Operator]) -> None:
