@@ -12,6 +12,7 @@ from chart_world import INSTALLATIONS, one, pods, rights
 from manifests import CHART, ROOT, ChartError, Manifest, is_hook, plain_manifests, render
 
 import checkpoint_operator
+from checkpoint_operator.controller import commands
 from checkpoint_operator.controller.config import ENV_PREFIX, Settings
 from checkpoint_operator.controller.config_jobs import JobRules, load_job_rules
 
@@ -239,6 +240,13 @@ def test_the_hooks_have_accounts_of_their_own_that_go_with_them() -> None:
     accounts = {manifest["metadata"]["name"] for manifest in hooks if manifest["kind"] == "ServiceAccount"}
     assert {pod["serviceAccountName"] for _, pod in pods(hooks)} == accounts
     assert "checkpoint-operator" not in accounts
+
+
+def test_a_hook_that_can_never_succeed_is_not_tried_again() -> None:
+    for name in ("crds", "finalizers", "test"):
+        spec = one(render(), "Job", f"checkpoint-operator-{name}")["spec"]
+        [rule] = spec["podFailurePolicy"]["rules"]
+        assert rule == {"action": "FailJob", "onExitCodes": {"operator": "In", "values": [2, commands.OLDER]}}
 
 
 def test_finalizers_come_off_after_the_operator_lost_its_rights() -> None:

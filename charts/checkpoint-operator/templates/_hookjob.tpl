@@ -2,6 +2,13 @@
 {{- define "checkpoint-operator.hookJob" -}}
 backoffLimit: 2
 activeDeadlineSeconds: 240
+# An older CRD (3) or a wrong argument (2) stays what it is: tell at once.
+podFailurePolicy:
+  rules:
+    - action: FailJob
+      onExitCodes:
+        operator: In
+        values: [2, 3]
 template:
   metadata:
     labels:
