@@ -13,6 +13,7 @@ import pytest
 from storage_world import Fault, ObjectWorld
 
 import local_cluster as lc
+from checkpoint_operator.api.names import PROBE_PREFIX
 from checkpoint_operator.api.protocol import TargetOptions
 from checkpoint_operator.api.uris import TargetURI
 from checkpoint_operator.storage.s3 import S3Store, open_s3
@@ -45,12 +46,13 @@ class S3World(ObjectWorld):
             store._client.meta.events.register(event, handler)
         send = store._send
 
-        def counted(operation: str, *arguments: Any) -> Any:
+        def counted(operation: str, key: str, *arguments: Any) -> Any:
             name = {"put": "PutObject", "put part": "UploadPart"}[operation]
-            for action in self.before_body:
-                action(name)
-            self.count(name)
-            return send(operation, *arguments)
+            if PROBE_PREFIX not in key:
+                for action in self.before_body:
+                    action(name)
+                self.count(name)
+            return send(operation, key, *arguments)
 
         store._send = counted  # type: ignore[method-assign]
         return store

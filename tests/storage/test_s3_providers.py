@@ -196,7 +196,7 @@ RETRIED = [
 def test_an_upload_gets_over_what_befalls_one_request(
     server: S3World, big: Path, between: Proxy, operation: str, fault: Fault
 ) -> None:
-    between.plan(fault, operation, key="small.bin" if operation == "PutObject" else "")
+    between.plan(fault, operation, key={"PutObject": "small.bin", "ListObjectsV2": ""}.get(operation, "model.bin"))
     stored = server.upload(big)
     assert between.happened[fault] == 1
     assert stored.data_owner
@@ -221,7 +221,7 @@ def test_a_store_that_never_takes_a_part_is_unavailable_and_what_it_has_taken_is
     server: S3World, big: Path, between: Proxy, monkeypatch: pytest.MonkeyPatch, fault: Fault
 ) -> None:
     monkeypatch.setattr(s3_wire, "ATTEMPTS", 2)
-    between.plan(fault, "UploadPart", times=1000)
+    between.plan(fault, "UploadPart", times=1000, key="model.bin")
     with refused(Reason.STORE_UNAVAILABLE) as caught:
         upload_as_a_mover(server, big)
     assert caught.value.retryable
@@ -232,7 +232,7 @@ def test_a_store_that_never_takes_a_part_is_unavailable_and_what_it_has_taken_is
 
 
 def test_a_store_that_says_slow_down_gets_fewer_requests_at_once(server: S3World, big: Path, between: Proxy) -> None:
-    between.plan(Fault.SLOW_DOWN, "UploadPart", times=2)
+    between.plan(Fault.SLOW_DOWN, "UploadPart", times=2, key="model.bin")
     server.upload(big)
     gate = server.open(server.uri())._connection.wire.gate  # type: ignore[attr-defined]
     assert gate.limit < STREAMS

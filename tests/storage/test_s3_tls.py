@@ -75,7 +75,7 @@ def test_an_upload_over_tls_gets_over_what_befalls_a_request(
     files, server = make_certificates(tmp_path / "tls"), s3_world.server
     with proxy(server.endpoint, server.access_key, server.secret_key, tls=files) as between:
         s3_world.options = s3_world.options.replace(endpoint=between.endpoint, ca_bundle=str(files.ca))
-        between.plan(fault, "UploadPart")
+        between.plan(fault, "UploadPart", key="model.bin")
         between.plan(fault, "PutObject", key="config.json")
         s3_world.upload(source)
         assert between.happened[fault] == 2
