@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -71,12 +72,12 @@ def release(place: Place, store: Store, tmp_path_factory: pytest.TempPathFactory
 def new_space(
     place: Place, store: Store, release: Release, request: pytest.FixtureRequest
 ) -> Iterator[Callable[[str], Space]]:
-    """Makes namespaces that are named after the test."""
+    """Makes namespaces that are named after the test, and never twice the same on a cluster that stays."""
     made: list[Space] = []
 
     def make(suffix: str = "") -> Space:
         name = re.sub("[^a-z0-9]+", "-", request.node.name.removeprefix("test_"))[:40].strip("-")
-        made.append(Space(place, store, f"{name}{suffix}", release.log))
+        made.append(Space(place, store, f"{name}{suffix}-{os.urandom(2).hex()}", release.log))
         made[-1].create()
         return made[-1]
 

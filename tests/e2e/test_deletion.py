@@ -11,7 +11,7 @@ MIB = 1 << 20
 
 def test_data_goes_or_stays_as_the_policy_says_and_what_was_not_done_leaves_nothing(space: Space) -> None:
     space.claim("output")
-    slow = {"maxBytesPerSecond": 2 * MIB}
+    slow = {"maxBytesPerSecond": MIB}
     space.train(
         {"run": "sample", "large": {"model.bin": 32 * MIB, "other.bin": MIB}},
         space.artifact("removed", "run", deletionPolicy="Delete"),

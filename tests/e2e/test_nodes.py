@@ -9,8 +9,8 @@ import pytest
 from space import Space, Store
 
 MIB = 1 << 20
-SLOW = {"maxBytesPerSecond": 2 * MIB}
-FILES = {f"part-{number:02}.bin": MIB for number in range(24)}
+SLOW = {"maxBytesPerSecond": MIB}
+FILES = {f"part-{number:02}.bin": MIB for number in range(32)}
 
 
 @contextmanager

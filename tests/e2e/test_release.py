@@ -10,7 +10,7 @@ from space import Space
 from watching import Body
 
 MIB = 1 << 20
-SLOW = {"maxBytesPerSecond": 2 * MIB}
+SLOW = {"maxBytesPerSecond": MIB}
 CRD = "checkpointartifacts.checkpoints.rlhf.dev"
 
 
@@ -18,7 +18,7 @@ def under_way(space: Space, *names: str) -> None:
     """A training whose artifacts are being moved, and will be for some time."""
     space.claim("output", mode="ReadWriteMany")
     space.watch("pods")
-    space.train({"run": {"model.bin": 24 * MIB}}, *(space.artifact(name, "run", mover=SLOW) for name in names))
+    space.train({"run": {"model.bin": 32 * MIB}}, *(space.artifact(name, "run", mover=SLOW) for name in names))
     for name in names:
         space.sends(name)
 
