@@ -3,10 +3,11 @@
 import json
 import signal
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from conftest import Operator
-from hand_kubelet import HandKubelet, failed, stored, until
+from hand_kubelet import NAME_LABEL, HandKubelet, failed, stored, until
 from jobs_world import create, environment, prepare, ready_condition
 
 import local_cluster as lc
@@ -97,34 +98,40 @@ def test_a_deletion_waits_until_the_lost_node_is_out_of_service(operator: Operat
     operator.kubectl("delete", "node", "lost-3")
 
 
+def everybody(operator: Operator, kind: str) -> list[dict[str, Any]]:
+    items: list[dict[str, Any]] = json.loads(operator.kubectl("get", kind, "-o", "json").stdout)["items"]
+    return items
+
+
 def test_operators_that_die_among_many_movers_start_none_twice_and_lose_none(
     operator: Operator, kubelet: HandKubelet
 ) -> None:
     names = [f"crowd-{number}" for number in range(CROWD)]
-    seen: dict[str, set[str]] = {name: set() for name in names}
-
-    def look() -> None:
-        for job in json.loads(operator.kubectl("get", "jobs", "-o", "json").stdout)["items"]:
-            [owner] = job["metadata"]["ownerReferences"]
-            if owner["name"] in seen:
-                seen[owner["name"]].add(job["metadata"]["name"])
-
     for index, name in enumerate(names):
         create(operator, name)
-        if index % 6 == 5:
+        if index % 6 == 5:  # some of them are just being started
             operator.stop(signal.SIGKILL)
             operator.start()
-    until(lambda: all(operator.status(name).get("phase") == "Uploading" for name in names), "all to run", operator, 90)
-    for name in names:
-        kubelet.run(kubelet.pod(name, operator.status(name)["launches"]))
-    look()
-    before = {name: set(jobs) for name, jobs in seen.items()}
+
+    def pods() -> dict[str, dict[str, Any]]:
+        """The pods of Jobs that are not being deleted, by the artifact."""
+        return {pod["metadata"]["labels"][NAME_LABEL]: pod for pod in everybody(operator, "pods")}
+
+    def status_of() -> dict[str, dict[str, Any]]:
+        return {body["metadata"]["name"]: body.get("status", {}) for body in everybody(operator, "ckpt")}
+
+    until(lambda: pods().keys() >= set(names), "a pod for each", operator, 120)
+    for name, pod in pods().items():
+        if name in names:
+            kubelet.run(pod["metadata"]["name"])
+    running = {name: status["launches"] for name, status in status_of().items() if name in names}
     operator.stop(signal.SIGKILL)
     operator.start()
+    ending = pods()
     for name in names:
-        uri = operator.get(name)["spec"]["target"]["uri"]
-        kubelet.end(kubelet.pod(name, operator.status(name)["launches"]), 0, stored(uri))
-    for name in names:
-        assert operator.wait(name, "Ready", seconds=90)["attempts"] == 1
-    look()
-    assert seen == before, "a mover that ran was started again"
+        kubelet.end(ending[name]["metadata"]["name"], 0, stored(f"s3://bucket/{operator.namespace}/{name}"))
+    until(lambda: all(status_of()[name]["phase"] == "Ready" for name in names), "all to be Ready", operator, 120)
+    ended = {name: status["launches"] for name, status in status_of().items() if name in names}
+    assert ended == running, "a mover that ran was started again"
+    assert {status_of()[name]["attempts"] for name in names} == {1}
+    until(lambda: everybody(operator, "jobs") == [], "the Jobs to go", operator)

@@ -136,7 +136,12 @@ CASES: dict[str, tuple[MoverState, type[Any], dict[str, Any]]] = {
         NoMover,
         {"unseen": None},
     ),
-    "a Job without a pod could not make one": (state(job()), PendingMover, {"reason": Reason.POD_REFUSED, "since": NOW}),
+    "a Job that nobody has looked at yet takes a moment": (state(job()), PendingMover, {"reason": None, "since": NOW}),
+    "a Job without a pod could not make one": (
+        state(job(status={"startTime": wire(NOW)})),
+        PendingMover,
+        {"reason": Reason.POD_REFUSED, "since": NOW},
+    ),
     "a Job that is suspended waits for whoever suspended it": (
         state(job(spec={"suspend": True})),
         PendingMover,

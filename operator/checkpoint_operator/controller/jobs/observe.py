@@ -56,7 +56,8 @@ class Node(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class JobView:
-    """What is read of a Job. ``gone``: it was deleted, and this is the last that was seen of it."""
+    """What is read of a Job. ``taken_up``: the Job controller has looked at it. ``gone``: it was deleted, and this is the
+    last that was seen of it."""
 
     namespace: str
     name: str
@@ -70,6 +71,7 @@ class JobView:
     failed: str | None
     pinned: bool
     suspended: bool = False
+    taken_up: bool = False
     gone: bool = False
 
     @property
@@ -140,6 +142,7 @@ def read_job(body: JsonObject, *, gone: bool = False) -> JobView:
         failed=f"{failed.get('reason', '')}: {failed.get('message', '')}" if failed else None,
         pinned=bool((template.get("affinity") or {}).get("nodeAffinity")),
         suspended=bool((body.get("spec") or {}).get("suspend")),
+        taken_up="startTime" in status,
         gone=gone,
     )
 
@@ -290,6 +293,9 @@ def _without_pod(job: JobView, told: Told) -> MoverState:
     if job.suspended:
         message = f"Job {job.name} is suspended: Kueue, or whoever suspended it, has to let it start"
         return PendingMover(job.created, Reason.MOVER_NOT_STARTED, message, patient=True)
+    if not job.taken_up:
+        message = f"the Job controller has not looked at Job {job.name} yet"
+        return PendingMover(job.created, None, message, job.pinned)
     return PendingMover(
         job.created,
         Reason.POD_REFUSED,
