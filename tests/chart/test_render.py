@@ -10,6 +10,7 @@ import pytest
 import yaml
 from chart_world import INSTALLATIONS, one, pods, rights
 from manifests import CHART, ROOT, ChartError, Manifest, is_hook, plain_manifests, render
+from pydantic.alias_generators import to_snake
 
 import checkpoint_operator
 from checkpoint_operator.controller import commands
@@ -176,6 +177,8 @@ def test_the_charts_defaults_are_the_operators_own(tmp_path: Path) -> None:
     path.write_text(one(render(), "ConfigMap")["data"]["jobs.yaml"])
     rules = load_job_rules(path)
     assert rules == JobRules(image=rules.image)
+    for name, value in VALUES["limits"].items():
+        assert Settings.model_fields[to_snake(name)].default == value
 
 
 @every_installation
@@ -196,7 +199,7 @@ def test_new_rules_start_the_operator_anew_and_new_limits_do_not() -> None:
 
 def test_the_limits_are_a_file_of_their_own() -> None:
     data = one(render(values={"limits": {"maxMovers": 99}}), "ConfigMap")["data"]
-    assert yaml.safe_load(data["limits.yaml"]) == {"maxMovers": 99, "maxMoversPerNamespace": 4, "maxMoversPerBucket": 8}
+    assert yaml.safe_load(data["limits.yaml"]) == {"maxMovers": 99, "maxMoversPerNamespace": 4, "maxMoversPerBucket": 1000}
 
 
 def test_there_is_one_operator_and_never_two_at_once() -> None:
