@@ -4,6 +4,7 @@ from typing import Any
 
 from checkpoint_operator.api import names
 from checkpoint_operator.controller.jobs.cache import MoverCache
+from checkpoint_operator.controller.jobs.observe import read_job, read_pod
 
 LABELS = {names.LABEL_ARTIFACT_UID: "a", names.LABEL_ARTIFACT_NAME: "c"}
 TIME = "2026-11-25T12:00:00Z"
@@ -86,6 +87,22 @@ def test_an_old_event_does_not_bring_back_what_was_deleted() -> None:
     cache.saw_pod("DELETED", pod(5))
     cache.saw_pod("MODIFIED", pod(4))
     assert [found.gone for found in cache.pods_of("ns", "a")] == [True]
+
+
+def test_a_list_that_was_begun_before_the_end_does_not_bring_back_what_was_dropped() -> None:
+    cache = MoverCache(by_namespace=False)
+    cache.saw_job("ADDED", job(1))
+    cache.saw_pod("ADDED", pod(2))
+    found = cache.job("ns", "ckpt-a-1")
+    assert found is not None
+    cache.forget(found)
+    mark = cache.mark()
+    cache.saw_pod("DELETED", pod(3))
+    cache.saw_job("DELETED", job(4))
+    cache.put_job(read_job(job(1)))
+    cache.put_pod(read_pod(pod(2)))
+    cache.sweep(mark, {"j"}, {"p"})
+    assert (cache.jobs(), list(cache.pods())) == ([], [])
 
 
 def test_another_job_of_the_same_name_replaces_the_one_that_is_gone() -> None:

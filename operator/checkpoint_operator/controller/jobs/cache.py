@@ -56,6 +56,7 @@ class MoverCache:
         self._pods: dict[str, tuple[PodView, int]] = {}
         self._pods_of: dict[Key, set[str]] = {}
         self._forgotten: set[str] = set()
+        self._ended: dict[str, int] = {}  # uids whose end was heard of: a list that was begun before may still have them
         self._clock = 0
 
     def saw_job(self, kind: str | None, body: JsonObject) -> Key:
@@ -68,15 +69,18 @@ class MoverCache:
     def put_job(self, job: JobView, *, live: bool = False) -> None:
         """Keep it unless a newer version is known. ``live``: it was read just now."""
         key, known = (job.namespace, job.name), self._jobs.get((job.namespace, job.name))
+        if job.gone:
+            self._ended[job.uid] = self._tick()
+        elif job.uid in self._ended:
+            return
         if job.gone and (known is None or known.job.uid != job.uid or job.uid in self._forgotten):
             if known is not None and known.job.uid == job.uid:
                 self._drop_job(key)
             return
         if known is not None and not live:
-            if job.version < known.job.version:
+            was_gone = known.job.gone and known.job.uid == job.uid
+            if was_gone or job.version < known.job.version:
                 return
-            if known.job.gone and known.job.uid == job.uid:
-                return  # an old event of an object that is gone
         if known is not None and known.job.artifact_name != job.artifact_name:
             self._drop_job(key)
         self._jobs[key] = _Entry(job, self._watches.epoch(job.namespace), self._tick())
@@ -91,6 +95,10 @@ class MoverCache:
     def put_pod(self, pod: PodView) -> None:
         """Keep it unless a newer version is known."""
         known, _ = self._pods.get(pod.uid, (None, 0))
+        if pod.gone:
+            self._ended[pod.uid] = self._tick()
+        elif pod.uid in self._ended:
+            return
         if known is not None and (known.gone or pod.version < known.version):
             return
         if pod.gone and (known is None or pod.job_uid is None or pod.job_uid in self._forgotten):
@@ -162,6 +170,7 @@ class MoverCache:
                     self._drop_pod(uid)
                 else:
                     self._pods[uid] = replace(pod, gone=True), touched
+        self._ended = {uid: heard for uid, heard in self._ended.items() if heard >= mark}
         self._forgotten &= {entry.job.uid for entry in self._jobs.values()} | {
             str(pod.job_uid) for pod, _ in self._pods.values()
         }
