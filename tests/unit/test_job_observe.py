@@ -27,9 +27,8 @@ from checkpoint_operator.controller.jobs.observe import (
     observe,
     read_job,
     read_pod,
-    read_progress,
-    read_result,
 )
+from checkpoint_operator.controller.jobs.words import read_progress, read_result
 
 NOW = datetime(2026, 11, 25, 12, 0, 0, tzinfo=UTC)
 UID, JOB = "artifact-uid", "job-uid"

@@ -40,8 +40,8 @@ from checkpoint_operator.controller.jobs.observe import (
     observe,
     read_job,
     read_pod,
-    read_progress,
 )
+from checkpoint_operator.controller.jobs.words import read_progress
 from checkpoint_operator.controller.kube import Conflict, Forbidden, Kube, KubeError, NotFound, Refused
 
 LOG_EVERY = 5.0

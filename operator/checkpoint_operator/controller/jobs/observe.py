@@ -1,4 +1,4 @@
-"""What the cluster tells of a mover's Job and pods, as one state. Pure; nothing that a pod says is believed unchecked.
+"""What the cluster tells of a mover's Job and pods, as one state. Pure; what a pod says is checked by :mod:`.words`.
 
 The API server's objects are cut down to what a decision reads as soon as they arrive: a thousand of them stay small.
 """
@@ -12,7 +12,7 @@ from enum import StrEnum
 from checkpoint_operator.api import names
 from checkpoint_operator.api.base import JsonObject
 from checkpoint_operator.api.errors import Reason
-from checkpoint_operator.api.protocol import RESULT_MAX_BYTES, Failure, Operation, Progress, Result, Stored, parse_line
+from checkpoint_operator.api.protocol import RESULT_MAX_BYTES, Failure, Operation, Progress
 from checkpoint_operator.controller.executor import (
     EarlierMover,
     FinishedMover,
@@ -22,15 +22,11 @@ from checkpoint_operator.controller.executor import (
     RunningMover,
     StopReason,
 )
+from checkpoint_operator.controller.jobs.words import plain, read_result
 
 CONTAINER = "mover"
 STOPPED_EXIT = 143
 KILLED_EXIT = 137
-COUNT_MAX = 2**53
-"""Counts above this are lies: JSON's numbers end there."""
-SHORT_MAX = 128
-URI_MAX = 1200
-"""What the status' schema takes."""
 _IMAGE_REASONS = {
     "ErrImagePull",
     "ImagePullBackOff",
@@ -40,7 +36,6 @@ _IMAGE_REASONS = {
     "RegistryUnavailable",
     "SignatureValidationFailed",
 }
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]+")
 _EXIT_CODE = re.compile(r"exit code (\d{1,3})\b")
 
 
@@ -200,11 +195,6 @@ def _time(text: str) -> datetime:
     return datetime.fromisoformat(text.replace("Z", "+00:00"))
 
 
-def plain(text: str, limit: int = 1024) -> str:
-    """One line of visible text, for conditions, events and logs."""
-    return _CONTROL.sub(" ", text).strip()[:limit]
-
-
 def observe(
     job: JobView | None,
     pods: Sequence[PodView],
@@ -356,51 +346,3 @@ def _pending(job: JobView, pod: PodView) -> PendingMover:
         f"volumes be mounted? See: kubectl -n {pod.namespace} describe pod {pod.name}"
     )
     return PendingMover(pod.created, None, message, job.pinned)
-
-
-def read_result(text: str, operation: Operation, target_uri: str) -> Result | None:
-    """What a termination message says, if it is a result of this operation and fits into a status; the last one counts.
-
-    The kubelet may have taken the end of the log instead (FallbackToLogsOnError), so that there are lines.
-    """
-    if len(text.encode()) > RESULT_MAX_BYTES:
-        return None
-    for line in reversed(text.splitlines()):
-        message = parse_line(line.encode())
-        if isinstance(message, Result):
-            return _checked(message, operation, target_uri)
-    return None
-
-
-def _checked(result: Result, operation: Operation, target_uri: str) -> Result | None:
-    said = [part for part in (result.stored, result.deleted, result.failure) if part is not None]
-    if len(said) != 1:
-        return None
-    if result.failure:
-        return result.replace(failure=result.failure.replace(message=plain(result.failure.message)))
-    if result.stored is not None:
-        return result if operation is Operation.UPLOAD and _is_plausible(result.stored, target_uri) else None
-    return result.replace(deleted=plain(result.deleted or "")) if operation is Operation.DELETE else None
-
-
-def _is_plausible(stored: Stored, target_uri: str) -> bool:
-    """A result that names another place than the artifact's target, or what no status can hold, is none."""
-    place, target = stored.storage_uri.rstrip("/"), target_uri.rstrip("/")
-    return (
-        (place == target or place.startswith(f"{target}/"))
-        and len(stored.storage_uri) <= URI_MAX
-        and plain(stored.storage_uri, URI_MAX) == stored.storage_uri
-        and all(0 < len(text) <= SHORT_MAX and text.isascii() for text in (stored.manifest_digest, stored.content_digest))
-        and all(0 <= number <= COUNT_MAX for number in (stored.size_bytes, stored.file_count))
-    )
-
-
-def read_progress(tail: bytes) -> Progress | None:
-    """The last line of progress in the end of a log."""
-    for line in reversed(tail.splitlines()):
-        message = parse_line(line)
-        if isinstance(message, Progress):
-            counts = (message.bytes_done, message.bytes_total, message.files_done, message.files_total)
-            if all(0 <= count <= COUNT_MAX for count in (*counts, message.bytes_per_second)):
-                return message
-    return None
