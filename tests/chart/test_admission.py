@@ -19,12 +19,17 @@ JOB_CONTROLLER = "system:serviceaccount:kube-system:job-controller"
 
 def test_a_restricted_namespace_takes_every_pod_of_the_chart(installed: lc.Cluster) -> None:
     where = namespace(installed, "restricted", **{"pod-security.kubernetes.io/enforce": "restricted"})
-    for values in INSTALLATIONS.values():
+    bodies = []
+    for number, values in enumerate(INSTALLATIONS.values()):
         for name, pod in pods(render(values=values)):
             # The account and the class are of another place; what is asked is what Pod Security says.
-            spec = {k: v for k, v in pod.items() if k not in ("serviceAccountName", "priorityClassName")}
-            body = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name, "namespace": where}, "spec": spec}
-            kubectl(installed, "create", "--dry-run=server", "-f", "-", stdin=json.dumps(body))
+            spec = {key: value for key, value in pod.items() if key not in ("serviceAccountName", "priorityClassName")}
+            metadata = {"name": f"{name}-{number}", "namespace": where}
+            bodies.append({"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec})
+    kubectl(installed, "create", "--dry-run=server", "-f", "-", stdin=yaml.safe_dump_all(bodies))
+    privileged = {**bodies[0], "spec": {**bodies[0]["spec"], "hostNetwork": True}}
+    with pytest.raises(lc.LocalClusterError, match="violates PodSecurity"):
+        kubectl(installed, "create", "--dry-run=server", "-f", "-", stdin=json.dumps(privileged))
 
 
 def test_the_api_server_takes_every_object_of_every_installation(installed: lc.Cluster) -> None:
