@@ -96,6 +96,10 @@ cluster-up: $(STAMP)  ## A Kubernetes to try things on; prints two export lines 
 cluster-down: $(STAMP)  ## Stop it
 	@$(BIN)/python -m local_cluster down
 
+.PHONY: kind-node
+kind-node: $(STAMP)  ## What kind needs on this machine, made once (Docker, kind, its node image); prints the image's path
+	@$(BIN)/python -m local_cluster kind-node
+
 .PHONY: image
 image: $(STAMP)  ## The image of operator and mover as an archive; prints its path
 	@$(BIN)/python -m local_cluster image

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import local_cluster as lc
 from local_cluster.image import TAG, ImageUnavailable, ensure_image
+from local_cluster.kind import start_kind
 from local_cluster.operator_process import kubectl
 from local_cluster.providers import existing_cluster
 
@@ -100,7 +101,33 @@ def existing() -> Iterator[Place]:
     )
 
 
-PROVIDERS: dict[str, Callable[[], AbstractContextManager[Place]]] = {"native": native, "existing": existing}
+@contextmanager
+def kind() -> Iterator[Place]:
+    """A cluster by kind. KIND_NODE_IMAGE and KIND_CONFIG: another image of the node, another configuration."""
+    given = os.environ.get("E2E_IMAGE_ARCHIVE")
+    try:
+        archive = Path(given) if given else ensure_image(_say)
+        with start_kind("e2e", images=[archive], say=_say) as cluster:
+            assert cluster.state_dir is not None
+            earlier = cluster.state_dir / "earlier.tar"
+            retag(archive, earlier, EARLIER_TAG)
+            cluster.load_image(earlier)
+            earlier.unlink()
+            yield Place(
+                cluster,
+                cluster.nodes,
+                cluster.host_address,
+                TAG,
+                EARLIER_TAG,
+                "Never",
+                volumes=cluster.volumes,
+                is_ours=True,
+            )
+    except (lc.NodeUnavailable, ImageUnavailable) as error:
+        raise Unavailable(str(error)) from error
+
+
+PROVIDERS: dict[str, Callable[[], AbstractContextManager[Place]]] = {"native": native, "kind": kind, "existing": existing}
 
 
 def chosen() -> AbstractContextManager[Place]:

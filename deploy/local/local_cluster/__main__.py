@@ -13,6 +13,7 @@ from .build import build_versitygw
 from .errors import LocalClusterError, NodeUnavailable
 from .gcs import build_fake_gcs
 from .image import ImageUnavailable, ensure_image
+from .kind import prepare_kind
 from .node import prepare_node
 from .providers import NATIVE, chosen_provider, programs_dir
 
@@ -41,7 +42,7 @@ def prepare() -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="local_cluster", description=__doc__)
-    parser.add_argument("command", choices=["up", "down", "env", "status", "load", "image", "build"])
+    parser.add_argument("command", choices=["up", "down", "env", "status", "load", "image", "build", "kind-node"])
     parser.add_argument("archive", nargs="?", type=Path, help="for `load`: an image archive to bring onto the nodes")
     parser.add_argument("--name", default="local", help="several clusters can run side by side (default: %(default)s)")
     parser.add_argument("--nodes", type=int, default=0, help="for `up`: so many nodes that run pods (default: none)")
@@ -65,6 +66,8 @@ def main(arguments: list[str] | None = None) -> int:
             detached.load(options.name, options.archive, say=say)
         elif options.command == "image":
             print(ensure_image(say))
+        elif options.command == "kind-node":
+            print(prepare_kind(say).archive)
         else:
             prepare()
     except LocalClusterError as error:

@@ -18,7 +18,7 @@ NAMES = (
     "kube-proxy",
     "kubectl",
 )
-_COMMON_FLAGS = ("-trimpath", "-buildvcs=false", "-ldflags")
+COMMON_FLAGS = ("-trimpath", "-buildvcs=false", "-ldflags")
 
 
 class Source(GoSource):
@@ -27,16 +27,19 @@ class Source(GoSource):
     @classmethod
     def of(cls, folder: Path) -> Source:
         version = pinned_version(folder, "k8s.io/kubernetes")
-        major, minor, _ = version.removeprefix("v").split(".")
-        # Without these the programs say v0.0.0 and clients complain about it.
-        variables = {
-            "k8s.io/component-base/version.gitVersion": version,
-            "k8s.io/component-base/version.gitMajor": major,
-            "k8s.io/component-base/version.gitMinor": minor,
-            "k8s.io/client-go/pkg/version.gitVersion": version,
-        }
-        ldflags = " ".join(["-s", "-w", *(f"-X {name}={value}" for name, value in variables.items())])
-        return cls(folder, version, (*_COMMON_FLAGS, ldflags), NAMES)
+        return cls(folder, version, (*COMMON_FLAGS, kubernetes_ldflags(version)), NAMES)
+
+
+def kubernetes_ldflags(version: str) -> str:
+    """What tells a Kubernetes program its version; without it they say v0.0.0 and clients complain about it."""
+    major, minor, _ = version.removeprefix("v").split(".")
+    variables = {
+        "k8s.io/component-base/version.gitVersion": version,
+        "k8s.io/component-base/version.gitMajor": major,
+        "k8s.io/component-base/version.gitMinor": minor,
+        "k8s.io/client-go/pkg/version.gitVersion": version,
+    }
+    return " ".join(["-s", "-w", *(f"-X {name}={value}" for name, value in variables.items())])
 
 
 def build(source: Path = KUBE_SOURCE, *, say: Say = print) -> Path:
@@ -51,7 +54,7 @@ def build_go_program(folder: Path, package: str, name: str, say: Say, *, module:
     `module` is the module that the package belongs to, by default the package itself without a `/cmd/…` at its end.
     """
     version = pinned_version(folder, module or package.partition("/cmd/")[0])
-    source = GoSource(folder, version, (*_COMMON_FLAGS, "-s -w"), (name,), (package,))
+    source = GoSource(folder, version, (*COMMON_FLAGS, "-s -w"), (name,), (package,))
     announcement = f"building {name} {{version}} with {{go}}: a minute or two the first time, kept afterwards"
     return compile_once(source, name, announcement, say) / name
 

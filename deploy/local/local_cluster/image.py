@@ -14,7 +14,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -159,12 +159,21 @@ def _require_tools(say: Say) -> None:
     """Raises ImageUnavailable where the image can neither be built here nor what builds it be installed."""
     if sys.platform != "linux" or os.geteuid() != 0:
         raise ImageUnavailable("the image needs a running Docker, or Linux and root for buildah and debootstrap.")
-    missing = [name for name in _TOOLS if shutil.which(name) is None]
+    install_missing(_TOOLS, "the image", say)
+
+
+def install_missing(programs: Sequence[str], what: str, say: Say) -> None:
+    """Install the Debian packages of these programs, which have the same names, where they are missing.
+
+    Raises:
+        ImageUnavailable: this is no Debian; names what is missing.
+    """
+    missing = [name for name in programs if shutil.which(name) is None]
     if not missing:
         return
     if shutil.which("apt-get") is None:
-        raise ImageUnavailable(f"the image needs {' and '.join(missing)}: install them, or start Docker.")
-    say(f"installing the Debian packages {' and '.join(missing)}, which build the image")
+        raise ImageUnavailable(f"{what} needs {' and '.join(missing)}: install them, or start Docker.")
+    say(f"installing the Debian packages {' and '.join(missing)}, which build {what}")
     log = cache_root() / "image" / "packages"
     apt = ["apt-get", "-o", "DPkg::Lock::Timeout=300", "--quiet"]
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from .processes import Identity
 
-FILE, PROCESS, CGROUP, LINK, ROUTE = "file", "process", "cgroup", "link", "route"
+FILE, PROCESS, CGROUP, LINK, ROUTE, NODES = "file", "process", "cgroup", "link", "route", "kind-nodes"
 ROUTE_METRIC = "4096"
 """Behind every real route, so that ours matters only where there is none."""
 _PATIENCE = 10.0
@@ -20,7 +20,7 @@ _PATIENCE = 10.0
 @dataclass(frozen=True)
 class Leftover:
     """A file or the folder of a control group by its path, a process (see :func:`process`), a network link by its name,
-    an unreachable range."""
+    an unreachable range, the nodes of a cluster of kind by its name, in the Docker that this machine has."""
 
     kind: str
     value: str
@@ -39,6 +39,8 @@ class Leftover:
             _ip("link", "delete", self.value)
         elif self.kind == ROUTE:
             _ip("route", "delete", "unreachable", self.value, "metric", ROUTE_METRIC)
+        elif self.kind == NODES:
+            _remove_containers(f"label=io.x-k8s.kind.cluster={self.value}")
 
 
 def process(pid: int) -> Leftover:
@@ -64,6 +66,14 @@ def _remove_cgroup(folder: Path) -> None:
         if time.monotonic() > deadline:
             return
         time.sleep(0.02)
+
+
+def _remove_containers(condition: str) -> None:
+    with contextlib.suppress(OSError):
+        listing = ["docker", "ps", "--all", "--quiet", "--filter", condition]
+        shown = subprocess.run(listing, capture_output=True, text=True, check=False)
+        if shown.stdout.split():
+            subprocess.run(["docker", "rm", "--force", "--volumes", *shown.stdout.split()], capture_output=True, check=False)
 
 
 def _ip(*words: str) -> None:
