@@ -47,8 +47,8 @@ test-unit: $(STAMP)  ## The tests that need no cluster, within a minute
 
 # Whoever brings a cluster needs none of the programs that start one.
 .PHONY: e2e
-e2e: $(if $(filter-out native,$(CLUSTER)),$(STAMP),programs)  ## The operator as users install it, on nodes that run pods (CLUSTER=existing: yours)
-	@$(BIN)/python -m pytest tests/e2e
+e2e: $(if $(filter-out native,$(CLUSTER)),$(STAMP),programs)  ## The operator as users install it, on nodes that run pods (CLUSTER=existing: yours, kind: by kind)
+	@$(BIN)/python -m pytest tests/e2e $(ARGS)
 
 .PHONY: lint
 lint: $(STAMP) $(CHART_TOOLS)  ## ruff, mypy, the rooms of the design, generated files, and the chart

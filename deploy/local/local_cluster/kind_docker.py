@@ -119,7 +119,7 @@ def start_docker(session: Session, unpacked: Path, uses: list[Path], say: Say) -
         # A node asks for names when it starts and waits five seconds for the answer; this one refuses at once.
         f"--dns={network.host}",
         "--userland-proxy=false",
-        *_runtime(state),
+        *_runtime(state, Path("/proc/self/status").read_text("ascii")),
     ]
     libraries = ":".join(
         str(path) for path in sorted([*unpacked.glob("lib/*-linux-gnu*"), *unpacked.glob("usr/lib/*-linux-gnu*")])
@@ -160,8 +160,9 @@ def _give_modules(world: World, state: Path) -> None:
         raise LocalClusterError(f"kind needs a folder /lib/modules, and none could be made: {done.stderr.strip()}")
 
 
-def _runtime(state: Path) -> list[str]:
-    found = re.search(r"^CapBnd:\s*([0-9a-f]+)$", Path("/proc/self/status").read_text("ascii"), re.MULTILINE)
+def _runtime(state: Path, status: str) -> list[str]:
+    """Flags for the daemon of a process with that status."""
+    found = re.search(r"^CapBnd:\s*([0-9a-f]+)$", status, re.MULTILINE)
     if found is None or int(found[1], 16) >> _SYS_RESOURCE & 1:
         return []
     wrapper = state / "runc"
