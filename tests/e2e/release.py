@@ -75,6 +75,6 @@ class Release:
 
     def log(self) -> str:
         """The operator's last words, and those of hooks that failed."""
-        shown = self.kubectl("logs", f"--selector=app.kubernetes.io/name={NAME}", "--tail=40", "--prefix", check=False)
+        shown = self.kubectl("logs", f"--selector=app.kubernetes.io/name={NAME}", "--tail=25", check=False)
         pods = self.kubectl("get", "pods", "-o", "wide", check=False)
         return f"{pods.stdout}{pods.stderr}\n{shown.stdout}{shown.stderr}"

@@ -16,7 +16,7 @@ CRD = "checkpointartifacts.checkpoints.rlhf.dev"
 
 def under_way(space: Space, *names: str) -> None:
     """A training whose artifacts are being moved, and will be for some time."""
-    space.claim("output", mode="ReadWriteMany")
+    space.claim("output")
     space.watch("pods")
     space.train({"run": {"model.bin": 32 * MIB}}, *(space.artifact(name, "run", mover=SLOW) for name in names))
     for name in names:
