@@ -499,7 +499,7 @@ def test_whatever_a_valid_artifact_says_its_job_keeps_to_the_invariants(
 
 
 def as_served(rendered: dict[str, Any]) -> dict[str, Any]:
-    """What an API server of 1.37 makes of it (``tests/cluster/test_job_template.py`` asks one)."""
+    """What an API server of 1.37 makes of it (``tests/cluster/test_job_admission.py`` asks one)."""
     live = copy.deepcopy(rendered)
     live["metadata"] |= {"uid": "job-uid", "resourceVersion": "1", "generation": 1, "managedFields": [{}]}
     live["spec"]["selector"] = {"matchLabels": {"batch.kubernetes.io/controller-uid": "job-uid"}}
