@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry
 
 from checkpoint_operator.api.artifact import CheckpointArtifact
 from checkpoint_operator.api.protocol import Failure, Operation, Result, Stored
+from checkpoint_operator.controller.decisions import Policy
 from checkpoint_operator.controller.executor import (
     FinishedMover,
     MoverState,
@@ -24,7 +25,6 @@ from checkpoint_operator.controller.executor import (
 from checkpoint_operator.controller.health import Health
 from checkpoint_operator.controller.kube import Conflict, Kube, KubeError
 from checkpoint_operator.controller.metrics import Metrics
-from checkpoint_operator.controller.plan import Policy
 from checkpoint_operator.controller.queue import WorkQueue
 from checkpoint_operator.controller.reconciler import Reconciler
 from checkpoint_operator.controller.scheduling import Key, Limits

@@ -11,19 +11,7 @@ from checkpoint_operator.api.artifact import CheckpointArtifact, parse_artifact
 from checkpoint_operator.api.conditions import ConditionType, find_condition
 from checkpoint_operator.api.errors import Reason
 from checkpoint_operator.api.protocol import Failure, Operation, Progress, Result, Stage, Stored
-from checkpoint_operator.controller.executor import (
-    EarlierMover,
-    FinishedMover,
-    Held,
-    MoverState,
-    NoMover,
-    PendingMover,
-    Preparation,
-    Prepared,
-    RunningMover,
-    StopReason,
-)
-from checkpoint_operator.controller.plan import (
+from checkpoint_operator.controller.decisions import (
     LOOK_AGAIN,
     AddFinalizer,
     Decision,
@@ -37,8 +25,20 @@ from checkpoint_operator.controller.plan import (
     Stop,
     Wait,
     backoff,
-    plan,
 )
+from checkpoint_operator.controller.executor import (
+    EarlierMover,
+    FinishedMover,
+    Held,
+    MoverState,
+    NoMover,
+    PendingMover,
+    Preparation,
+    Prepared,
+    RunningMover,
+    StopReason,
+)
+from checkpoint_operator.controller.plan import plan
 
 NOW = datetime(2026, 11, 24, 12, 0, 0, tzinfo=UTC)
 POLICY = Policy(max_attempts=3, backoff=10, backoff_max=600, progress_every=5, no_progress=900)

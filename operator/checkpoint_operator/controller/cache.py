@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from checkpoint_operator.api import names
 from checkpoint_operator.api.base import JsonObject
 from checkpoint_operator.api.status import Phase
-from checkpoint_operator.controller.plan import retry_asked
+from checkpoint_operator.controller.decisions import retry_asked
 from checkpoint_operator.controller.scheduling import Key
 
 

@@ -13,13 +13,13 @@ from prometheus_client import CollectorRegistry, ProcessCollector
 from checkpoint_operator.controller import handlers, logs
 from checkpoint_operator.controller.config import ConfigError, InlineConfig, Settings, load_inline, load_settings
 from checkpoint_operator.controller.config_jobs import JobRules, load_job_rules
+from checkpoint_operator.controller.decisions import Policy
 from checkpoint_operator.controller.health import AddressError, Health, beat_forever, serve
 from checkpoint_operator.controller.inline import InlineExecutor
 from checkpoint_operator.controller.jobs.executor import JobExecutor
 from checkpoint_operator.controller.kube import Forbidden, Kube, KubeError, NotFound, connect
 from checkpoint_operator.controller.limits import LimitsFile, follow_limits
 from checkpoint_operator.controller.metrics import Metrics
-from checkpoint_operator.controller.plan import Policy
 from checkpoint_operator.controller.queue import WorkQueue
 from checkpoint_operator.controller.reconciler import Reconciler, resync_forever
 from checkpoint_operator.controller.scheduling import Key, Limits

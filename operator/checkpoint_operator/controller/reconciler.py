@@ -20,16 +20,7 @@ from checkpoint_operator.api.conditions import ConditionType, find_condition
 from checkpoint_operator.api.protocol import Layout
 from checkpoint_operator.api.status import ArtifactStatus
 from checkpoint_operator.controller.cache import ArtifactCache, is_settled
-from checkpoint_operator.controller.executor import (
-    EarlierMover,
-    Executor,
-    NoMover,
-)
-from checkpoint_operator.controller.health import Health
-from checkpoint_operator.controller.kube import Conflict, Kube, KubeError, NotFound
-from checkpoint_operator.controller.logs import about
-from checkpoint_operator.controller.metrics import Metrics, StateCollector, by_phase
-from checkpoint_operator.controller.plan import (
+from checkpoint_operator.controller.decisions import (
     LOOK_AGAIN,
     AddFinalizer,
     Decision,
@@ -43,8 +34,17 @@ from checkpoint_operator.controller.plan import (
     Start,
     Stop,
     Wait,
-    plan,
 )
+from checkpoint_operator.controller.executor import (
+    EarlierMover,
+    Executor,
+    NoMover,
+)
+from checkpoint_operator.controller.health import Health
+from checkpoint_operator.controller.kube import Conflict, Kube, KubeError, NotFound
+from checkpoint_operator.controller.logs import about
+from checkpoint_operator.controller.metrics import Metrics, StateCollector, by_phase
+from checkpoint_operator.controller.plan import plan
 from checkpoint_operator.controller.queue import WorkQueue
 from checkpoint_operator.controller.scheduling import Demand, Key, Limits, Places, bucket_of
 
