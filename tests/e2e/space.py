@@ -96,6 +96,7 @@ class Space:
                 "subjects": [account],
             },
         )
+        self.watch("pods")  # so that :meth:`movers` knows them all
         self.until("serviceaccounts", lambda found: "default" in found, "the account of pods that name none")
 
     def close(self) -> None:
@@ -299,7 +300,7 @@ class Space:
         self.until("checkpointartifacts", lambda found: name not in found, f"{name} to be gone", seconds)
 
     def movers(self, name: str) -> list[Body]:
-        """Every mover's pod that an artifact ever had (since the first look), as it was told last."""
+        """Every mover's pod that an artifact ever had, as it was told last."""
         last = {body["metadata"]["uid"]: body for body in self.watch("pods").history if _label(body) == name}
         return list(last.values())
 

@@ -16,7 +16,6 @@ MIB = 1 << 20
 
 def test_a_training_job_says_saved_and_its_checkpoint_is_in_the_bucket_byte_for_byte(space: Space) -> None:
     space.claim("output")
-    space.watch("pods"), space.watch("jobs")
     space.train({"run/checkpoint-2": "sample"}, space.artifact("dpo", "run/checkpoint-2", training={"jobName": "dpo"}))
     status = space.ready("dpo")
 
@@ -36,7 +35,6 @@ def test_a_training_job_says_saved_and_its_checkpoint_is_in_the_bucket_byte_for_
 
 def test_a_mover_has_no_token_and_runs_as_whom_wrote_the_files_with_nothing_else(space: Space) -> None:
     space.claim("output")
-    space.watch("pods")
     space.train({"run": "sample"}, space.artifact("plain", "run"))
     space.ready("plain")
 
@@ -102,7 +100,6 @@ def watched(space: Space) -> Iterator[list[str]]:
 def test_a_file_target_lies_in_a_second_claim_and_only_that_one_is_written_to(space: Space) -> None:
     space.claim("output")
     space.claim("archive")
-    space.watch("pods")
     target = {"uri": "file:///kept/dpo", "persistentVolumeClaim": {"claimName": "archive"}}
     space.train({"run": "sample"}, space.artifact("local", "run", target=target))
     status = space.ready("local")
@@ -132,7 +129,6 @@ def test_files_that_nobody_tells_the_owner_of_are_named_and_a_user_in_the_spec_c
 def test_a_volume_that_is_mounted_on_one_node_has_its_mover_there(space: Space) -> None:
     *_, node = space.place.nodes
     space.claim("output")
-    space.watch("pods")
     # The training goes on after it has saved, and keeps the volume.
     space.train({"run": "sample"}, space.artifact("pinned", "run"), node=node, hold=True)
     space.ready("pinned")
