@@ -67,7 +67,9 @@ def main(arguments: list[str] | None = None) -> int:
         elif options.command == "image":
             print(ensure_image(say))
         elif options.command == "kind-node":
-            print(prepare_kind(say).archive)
+            archive = prepare_kind(say).archive
+            if archive.exists():
+                print(archive)
         else:
             prepare()
     except LocalClusterError as error:

@@ -79,13 +79,17 @@ def prepare_kind(say: Say) -> Inputs:
         NodeUnavailable: kind cannot run here; says why.
         LocalClusterError: something could not be made.
     """
+    image = os.environ.get(IMAGE_VARIABLE)
     own = machines_docker() is None
+    if own and image:
+        raise NodeUnavailable(
+            f"{IMAGE_VARIABLE}={image!r} needs a Docker that pulls it, and none runs; unset it to have one made."
+        )
     unpacked = ensure_docker(say) if own else None
-    inputs = Inputs(
-        build(say=say), build_node_programs(say), build_kind_programs(say), pinned_version(KUBE_SOURCE, "k8s.io/kubernetes")
-    )
-    if unpacked is None or os.environ.get(IMAGE_VARIABLE):
-        say(f"a Docker runs here, so kind takes the node image {os.environ.get(IMAGE_VARIABLE) or 'of its own choice'}")
+    version = pinned_version(KUBE_SOURCE, "k8s.io/kubernetes")
+    inputs = Inputs(build(say=say), build_node_programs(say), build_kind_programs(say), version)
+    if unpacked is None:
+        say(f"a Docker runs here, so kind takes {image or 'the node image that it was released with'}")
         return inputs
     if inputs.archive.exists():
         return inputs

@@ -32,6 +32,7 @@ _PACKAGES = (
     *("pigz", "e2fsprogs", "ca-certificates", "curl", "jq", "procps", "runc", "busybox-static"),
 )
 _FILES = KIND_SOURCE / "node"
+_ARCHIVES_KEPT = 2
 _BASE = "checkpoint-operator-kind-base:1"
 _PATH = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _PLUGINS = ("bridge", "host-local", "loopback", "portmap")
@@ -108,7 +109,9 @@ def build_node_image(docker: Docker, inputs: Inputs, say: Say) -> None:
     remove_tree(root)
     say("kind build node-image")
     scratch = _work() / "tmp"
-    scratch.mkdir(exist_ok=True)
+    if scratch.exists():
+        remove_tree(scratch)
+    scratch.mkdir()
     _run(
         [
             *(str(inputs.kind.main / "kind"), "build", "node-image", "--type", "file", "--arch", architecture()),
@@ -122,6 +125,8 @@ def build_node_image(docker: Docker, inputs: Inputs, say: Say) -> None:
     fresh = inputs.archive.with_suffix(".new")
     _pipe([str(docker.client), "save", inputs.tag], ["zstd", "-T0", "-3", "--long=27", "-q", "-f", "-o", str(fresh)], docker)
     fresh.rename(inputs.archive)
+    for old in sorted(inputs.archive.parent.glob("node-*.tar.zst"), key=lambda path: path.stat().st_mtime)[:-_ARCHIVES_KEPT]:
+        old.unlink()
     remove_tree(debian)
 
 
@@ -283,7 +288,7 @@ def _run(command: list[str], environment: dict[str, str] | None = None) -> None:
 
 
 def _output(command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "no_proxy": "*"})
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise LocalClusterError(f"{' '.join(command)} failed: {done.stderr.strip()}")
     return done.stdout
