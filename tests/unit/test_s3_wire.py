@@ -13,8 +13,9 @@ from botocore.credentials import Credentials
 
 from checkpoint_operator.storage import s3_wire
 from checkpoint_operator.storage.buffers import Buffers
+from checkpoint_operator.storage.gate import Gate
 from checkpoint_operator.storage.s3_errors import error_of
-from checkpoint_operator.storage.s3_wire import Answer, Gate, TooLarge, Wire, WireError
+from checkpoint_operator.storage.s3_wire import Answer, TooLarge, Wire, WireError
 
 Turn = Callable[[socket.socket], object]
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nwhole"[:-1]

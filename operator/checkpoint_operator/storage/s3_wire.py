@@ -18,8 +18,8 @@ import time
 import weakref
 import xml.etree.ElementTree as ET
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
 from urllib.parse import quote, unquote, urlsplit
@@ -30,6 +30,7 @@ from urllib3.exceptions import MaxRetryError
 from urllib3.util import Retry, make_headers
 from urllib3.util.wait import wait_for_read
 
+from checkpoint_operator.storage.gate import SLOW_DOWN, Gate
 from checkpoint_operator.storage.store import PIECE, Arrived, Buffer
 from checkpoint_operator.storage.tls import TLSStream
 
@@ -46,7 +47,6 @@ _FRESH_SECONDS = 1.0
 """A connection that was used so lately is not looked at before it is used again; if it died after all, there is a retry."""
 _LONGEST_ERROR = 64 << 10
 _AGAIN = frozenset({408, 429, 500, 502, 503, 504})
-_SLOW = frozenset({429, 503})
 
 _Read = Callable[[http.client.HTTPResponse], Buffer]
 _Idle = tuple[float, http.client.HTTPConnection]
@@ -72,44 +72,6 @@ class Answer:
     status: int
     headers: Mapping[str, str]
     body: Buffer
-
-
-class Gate:
-    """How many requests may be under way at once: halved when the store says SlowDown, one more after each calm round."""
-
-    def __init__(self, limit: int) -> None:
-        self._most = self._limit = limit
-        self._running = self._calm = 0
-        self._changed = threading.Condition()
-
-    @property
-    def limit(self) -> int:
-        return self._limit
-
-    @contextmanager
-    def passed(self) -> Iterator[None]:
-        with self._changed:
-            self._changed.wait_for(lambda: self._running < self._limit)
-            self._running += 1
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._running -= 1
-                self._changed.notify()
-
-    def slow_down(self) -> None:
-        with self._changed:
-            self._limit, self._calm = max(1, self._limit // 2), 0
-
-    def went_well(self) -> None:
-        if self._limit == self._most:
-            return
-        with self._changed:
-            self._calm += 1
-            if self._calm >= 4 * self._limit:
-                self._limit, self._calm = min(self._most, self._limit + 1), 0
-                self._changed.notify()
 
 
 class Wire:
@@ -186,7 +148,7 @@ class Wire:
                 if not _may_pass(answer):
                     self.gate.went_well()
                     return answer
-                if answer.status in _SLOW:
+                if answer.status in SLOW_DOWN:
                     self.gate.slow_down()
             try:
                 retry = (retry or Retry(ATTEMPTS - 1, backoff_factor=0.25, backoff_jitter=0.5, backoff_max=20)).increment(

@@ -11,6 +11,7 @@ largest file that S3 takes, 5 TiB, needs 525 MiB. On top of it about half a KiB 
 
 import hashlib
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
@@ -214,7 +215,8 @@ class _Sending:
         upload_id, there = self._find_upload()
         self.adopted = upload_id is not None
         upload_id = upload_id or self._store.start_upload(self.key, self._transfer.owner)
-        sending: list[Future[Part]] = []
+        parts: list[Part] = []
+        sending: deque[Future[Part]] = deque()
         try:
             for number, (offset, length) in enumerate(self.cut.ranges, 1):
                 if self._broken.is_set():
@@ -226,19 +228,23 @@ class _Sending:
                 except BaseException:
                     self._buffers.give(body)
                     raise
+                # A future is seven times as large as the part that comes of it, and a file may have 50,000 of them.
+                while sending and sending[0].done() and sending[0].exception() is None:
+                    parts.append(sending.popleft().result())
                 sending.append(self._transfer._senders.submit(self._send_part, upload_id, number, body, there.get(number)))
             failures = [failure for future in sending if (failure := future.exception()) is not None]
             if failures:
                 raise first_cause(failures)
-            parts = [future.result() for future in sending]
+            parts += [future.result() for future in sending]
+            sending.clear()
             self.cut.pieces += [Piece(part.size, part.digest or b"") for part in parts]
             self._finish_reading()
             written = self._store.finish_upload(self.key, upload_id, parts, self._transfer.owner)
         except BaseException as error:
-            self._give_up(upload_id, sending, error)
+            self._give_up(upload_id, parts, sending, error)
             raise
         if written is None:
-            self._give_up(upload_id, sending, None)
+            self._give_up(upload_id, parts, sending, None)
         return written
 
     def _find_upload(self) -> tuple[str | None, dict[int, Part]]:
@@ -272,12 +278,14 @@ class _Sending:
         self.source.check_unchanged()
         self.is_read = True
 
-    def _give_up(self, upload_id: str, sending: Sequence[Future[Part]], error: BaseException | None) -> None:
+    def _give_up(
+        self, upload_id: str, parts: Sequence[Part], sending: Iterable[Future[Part]], error: BaseException | None
+    ) -> None:
         """Wait for what is on its way, and take back what was counted. The parts stay where another attempt can use them."""
         self._broken.set()
         wait(sending)
-        done = [future.result().size for future in sending if not future.exception()]
-        self._transfer.meter.add(-sum(done))
+        done = [*parts, *(future.result() for future in sending if not future.exception())]
+        self._transfer.meter.add(-sum(part.size for part in done))
         is_useful = error is not None and not isinstance(error, UploadLost) and _may_go_on(error)
         if not is_useful or (not self._transfer.keep_parts and not self.adopted):
             with suppress(StorageError):
