@@ -81,7 +81,9 @@ def make_rootfs(say: Say) -> Path:
     fresh = _work() / "rootfs"
     if fresh.exists():
         remove_tree(fresh)
-    _run(["debootstrap", "--variant=minbase", f"--include={','.join(_PACKAGES)}", _SUITE, str(fresh)])
+    # What it mounts in there, an interrupted one would leave.
+    alone = ("unshare", "--mount", "--propagation", "private", "--kill-child", "--fork")
+    _run([*alone, "debootstrap", "--variant=minbase", f"--include={','.join(_PACKAGES)}", _SUITE, str(fresh)])
     fresh.rename(target)
     return target
 
