@@ -54,8 +54,8 @@ def release(place: Place, store: Store, tmp_path_factory: pytest.TempPathFactory
     values = {
         "image": {"repository": repository, "tag": tag, "pullPolicy": place.pull_policy},
         "movers": {"allowedEndpoints": [store.wire.endpoint], "nodeLostSeconds": 4, "terminationGraceSeconds": 10},
-        # Long enough that a try which comes at once was asked for, short enough for those that come by themselves.
-        "settings": {"backoff_seconds": 15, "progress_seconds": 1},
+        # So long that whoever is tried again sooner was asked for; no test waits for it.
+        "settings": {"backoff_seconds": 60, "progress_seconds": 1},
         "limits": {"maxMovers": 16, "maxMoversPerNamespace": 8, "maxMoversPerBucket": 16},
         "log": {"level": "info", "format": "plain"},
         # The other nodes may be lost.

@@ -17,7 +17,7 @@ CRD = "checkpointartifacts.checkpoints.rlhf.dev"
 def under_way(space: Space, *names: str) -> None:
     """A training whose artifacts are being moved, and will be for some time."""
     space.claim("output")
-    space.train({"run": {"model.bin": 32 * MIB}}, *(space.artifact(name, "run", mover=SLOW) for name in names))
+    space.train({"run": {"model.bin": 24 * MIB}}, *(space.artifact(name, "run", mover=SLOW) for name in names))
     for name in names:
         space.sends(name)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from datetime import UTC, datetime
 
 from release import NAME, Release
 from space import Space, Store, condition
@@ -22,7 +21,6 @@ def test_a_mover_without_enough_memory_is_said_to_be_and_more_memory_in_the_spec
     space.train({"run": "sample"}, space.artifact("hungry", "run", mover=tiny))
     assert "OOMKilled" in space.waits("hungry", "OutOfMemory")
     space.patch("hungry", mover={"resources": {"limits": {"memory": "256Mi"}}})
-    space.retry("hungry")
     assert space.ready("hungry")["launches"] == 2
 
 
@@ -110,25 +108,27 @@ def test_a_pod_that_somebody_deletes_is_replaced_and_what_it_had_stored_is_not_s
 
 def test_an_outage_of_the_store_is_waited_out_and_a_request_ends_the_wait(space: Space, store: Store) -> None:
     space.claim("output")
-    space.train({"run": FILES}, space.artifact("patient", "run", mover=SLOW))
+    files = dict(list(FILES.items())[:16])
+    space.train({"run": files}, space.artifact("patient", "run", mover=SLOW))
     space.sends("patient", 4 * MIB)
     store.wire.cut()
     space.waits("patient", "StoreUnavailable")
-    status = space.status("patient", lambda status: status.get("retries", 0) >= 2, "a second try")
-    assert status["attempts"] == 0, "an outage counts for nothing"
     status = space.status("patient", lambda status: "nextRetryTime" in status, "the time of the next try")
-    due = datetime.fromisoformat(status["nextRetryTime"].replace("Z", "+00:00"))
+    assert status["attempts"] == 0, "an outage counts for nothing"
     kept = sum(len(content) for content in space.objects("patient").values())
     assert kept >= 4 * MIB
 
     store.wire.mend()
     sent = store.wire.forwarded
-    space.patch("patient", mover=None)
     space.retry("patient")
-    space.status("patient", lambda status: status["phase"] == "Uploading", "another try")
-    assert datetime.now(UTC) < due, "it did not wait for its time"
     space.ready("patient")
-    assert store.wire.forwarded - sent < len(FILES) * MIB - kept + MIB, "headers, and not one file twice"
+    assert started(space, "patient") < status["nextRetryTime"], "it did not wait for its time"
+    assert store.wire.forwarded - sent < len(files) * MIB - kept + MIB, "headers, and not one file twice"
+
+
+def started(space: Space, name: str) -> str:
+    """When the last mover of an artifact was made."""
+    return max(str(pod["metadata"]["creationTimestamp"]) for pod in space.movers(name))
 
 
 def test_a_suspended_artifact_stops_its_mover_and_goes_on_from_there(space: Space) -> None:

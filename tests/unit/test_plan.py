@@ -381,6 +381,11 @@ CASES: dict[str, Case] = {
         Start,
         facts={"status.retry_handled": "now", "status.launches": 2},
     ),
+    "a changed spec may be the cure, so it does not wait for the backoff either": Case(
+        artifact(launched("Waiting", nextRetryTime=wire(NOW + timedelta(hours=1))), generation=2),
+        Start,
+        facts={"status.observed_generation": 2, "status.launches": 2},
+    ),
     "the same request does not skip the backoff twice": Case(
         artifact(
             launched("Waiting", nextRetryTime=wire(NOW + timedelta(seconds=9)), retryHandled="now"),

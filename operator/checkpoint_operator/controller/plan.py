@@ -217,7 +217,9 @@ def _plan_start(seen: Observed, mover: NoMover, policy: Policy, now: datetime) -
         gone = Failure(reason=Reason.MOVER_DISRUPTED, message=f"there is no Job {job.name} (any more); another one is made")
         return _plan_after_failure(seen, gone, policy, now)
     asked = new_request(artifact)
-    if (retry_at := before.next_retry_time) and before.phase == Phase.WAITING and retry_at > now and not asked:
+    # A change may be what cures: more memory for a mover that had too little.
+    changed = before.observed_generation != artifact.metadata.generation
+    if (retry_at := before.next_retry_time) and before.phase == Phase.WAITING and retry_at > now and not (asked or changed):
         return Wait((retry_at - now).total_seconds())
     if mover.unseen and before.failure and before.failure.reason == Reason.EARLIER_MOVER_NOT_GONE:
         return _hold_back(seen, Phase.WAITING, Reason.EARLIER_MOVER_NOT_GONE, not_gone(mover.unseen), LOOK_AGAIN, now)
