@@ -161,7 +161,7 @@ def retag(archive: Path, target: Path, tag: str) -> None:
                 listed = json.load(stream)
                 text = json.dumps([{**item, "RepoTags": [tag]} for item in listed]).encode()
                 member.size = len(text)
-                stream = BytesIO(text)  # type: ignore[assignment]
+                stream = BytesIO(text)
             if member.name != "repositories":
                 copy.addfile(member, stream)
 

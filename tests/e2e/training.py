@@ -18,8 +18,9 @@ API = "/apis/checkpoints.rlhf.dev/v1alpha1/namespaces/{}/checkpointartifacts"
 
 
 def save(folder: Path, wanted: str | dict[str, int]) -> None:
+    """``wanted``: "sample", or the sizes of files by their names."""
     folder.mkdir(parents=True)
-    if wanted == "sample":
+    if isinstance(wanted, str):
         for path in Path("/sample").iterdir():
             if path.is_file():
                 shutil.copyfile(path, folder / path.name)
@@ -32,7 +33,7 @@ def save(folder: Path, wanted: str | dict[str, int]) -> None:
         path.chmod(0o600)  # as safetensors leaves its files
 
 
-def create(body: dict) -> None:
+def create(body: dict[str, object]) -> None:
     host, port = os.environ["KUBERNETES_SERVICE_HOST"], os.environ["KUBERNETES_SERVICE_PORT"]
     namespace = (ACCOUNT / "namespace").read_text()
     request = urllib.request.Request(
