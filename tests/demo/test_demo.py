@@ -12,14 +12,24 @@ from pathlib import Path
 
 import pytest
 
+from local_cluster.errors import NodeUnavailable
+from local_cluster.image import ImageUnavailable, ensure_image
+from local_cluster.node import prepare_node
 from local_cluster.operator_process import ROOT
 from local_cluster.paths import cache_root
 from local_cluster.providers import programs_dir, silent
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _built() -> None:
+def has_node() -> bool:
+    """Whether a node can run here. What the demo needs is built before: its own tests are no place to wait for that."""
     programs_dir(silent)
+    try:
+        prepare_node(silent)
+        ensure_image(silent)
+    except (NodeUnavailable, ImageUnavailable):
+        return False
+    return True
 
 
 class Demo:
@@ -30,7 +40,9 @@ class Demo:
         self.temp.mkdir()
         cache = folder / "cache"
         cache.mkdir()
-        (cache / "kube").symlink_to(cache_root() / "kube")
+        for built in cache_root().iterdir():
+            if built.is_dir() and built.name not in ("demo", "clusters"):
+                (cache / built.name).symlink_to(built)
         self.env = {
             "PATH": os.environ["PATH"],
             "HOME": os.environ.get("HOME", "/"),
@@ -65,10 +77,10 @@ class Demo:
 
     def wait_for(self, text: str) -> None:
         with self._seen:
-            assert self._seen.wait_for(lambda: text in self.output, timeout=60), self.output
+            assert self._seen.wait_for(lambda: text in self.output, timeout=150), self.output
 
     def end(self) -> int:
-        code = self.process.wait(timeout=120)
+        code = self.process.wait(timeout=240)
         self._reader.join()
         return code
 
@@ -101,7 +113,9 @@ def new_demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], 
             demo.end()
 
 
-def assert_shows_everything(demo: Demo) -> None:
+def assert_shows_everything(demo: Demo, *, on_node: bool) -> None:
+    assert ("$ helm install checkpoint-operator charts/checkpoint-operator" in demo.output) == on_node
+    assert ("a training Job writes a checkpoint into the claim" in demo.output) == on_node
     assert "$ kubectl get checkpointartifacts -n demo" in demo.output
     assert re.search(r"NAME +TYPE +PHASE +PROGRESS +SIZE +JOB +STEP +LOSS +AGE", demo.output)
     assert re.search(r"dpo-llama-2 +checkpoint +Ready +100% +60Ki +dpo-llama +2 +0\.69 +\d+s", demo.output)
@@ -111,16 +125,16 @@ def assert_shows_everything(demo: Demo) -> None:
     assert "compared 11 files, 61335 bytes: every byte is what the training wrote" in demo.output
 
 
-def test_two_at_once_show_everything_and_only_what_is_to_be_kept_stays(new_demo: Callable[[], Demo]) -> None:
+def test_two_at_once_show_everything_and_only_what_is_to_be_kept_stays(new_demo: Callable[[], Demo], has_node: bool) -> None:
     ends, kept = new_demo(), new_demo()
-    ends.start()
+    ends.start(NODE="0")
     kept.start(KEEP="1")
     assert ends.end() == 0, ends.output
-    assert_shows_everything(ends)
+    assert_shows_everything(ends, on_node=False)
     assert ends.left() == []
 
     assert kept.end() == 0, kept.output
-    assert_shows_everything(kept)
+    assert_shows_everything(kept, on_node=has_node)
     exports = dict(re.findall(r"^export (\w+)=(.*)$", kept.output, re.MULTILINE))
     shown = subprocess.run(
         ["kubectl", "get", "ckpt", "-n", "demo", "dpo-llama-2"],
@@ -159,7 +173,7 @@ def test_ctrl_c_and_a_kill_in_the_middle_leave_nothing(new_demo: Callable[[], De
     assert killed.left() == []
 
 
-@pytest.mark.parametrize("moment", ["A checkpoint that", "==> Kubernetes"])
+@pytest.mark.parametrize("moment", ["A checkpoint that", "\n==> "])
 def test_ctrl_c_at_the_start_gives_no_traceback(new_demo: Callable[[], Demo], moment: str) -> None:
     demo = new_demo()
     demo.start()
