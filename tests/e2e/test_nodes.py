@@ -40,8 +40,7 @@ def test_a_drained_node_hands_its_mover_over_and_nothing_stored_is_sent_again(sp
         assert "Eviction API" in message
         kept = sum(len(content) for content in space.objects("moved").values())
         sent = store.wire.forwarded
-        space.patch("moved", mover=None)
-        space.retry("moved")
+        space.patch("moved", mover=None)  # a changed spec is tried at once
         status = space.ready("moved")
     assert [pod["spec"]["nodeName"] for pod in space.movers("moved")] == [goes, stays]
     assert status["attempts"] == 1, "a drain is nobody's fault"
@@ -66,8 +65,7 @@ def test_a_lost_node_holds_up_only_what_lies_on_it(space: Space) -> None:
     try:
         for name in ("shared", "local"):
             space.waits(name, "MoverDisrupted")
-            space.patch(name, mover=None)
-            space.retry(name)
+            space.patch(name, mover=None)  # a changed spec is tried at once
         space.ready("shared")
         assert space.movers("shared")[-1]["spec"]["nodeName"] == stays
         message = space.waits("local", "Unschedulable")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import subprocess
+from collections.abc import Callable
 
-from release import NAME, Release
+from release import NAME, NAMESPACE, Release
 from space import Space
 from watching import Body
 
@@ -80,3 +81,22 @@ def test_an_upgrade_and_a_rollback_keep_what_is_under_way_and_the_custom_resourc
     started_once(space, "upgraded", "rolled-back")
     assert custom_resource(space)["metadata"]["uid"] == uid
     release.install()
+
+
+def test_an_operator_for_listed_namespaces_serves_those_and_has_no_right_elsewhere(
+    new_space: Callable[[str], Space], release: Release
+) -> None:
+    served, other = new_space("-listed"), new_space("-other")
+    release.install(watchNamespaces=[served.name])
+    try:
+        for space in (other, served):
+            space.claim("output")
+            space.train({"run": "sample"}, space.artifact("mine", "run"))
+        served.ready("mine")
+        assert "status" not in json.loads(other.kubectl("get", "ckpt", "mine", "-o", "json").stdout)
+        account = f"--as=system:serviceaccount:{NAMESPACE}:{NAME}"
+        for space, answer in ((served, "yes"), (other, "no")):
+            assert space.kubectl("auth", "can-i", "create", "jobs", account, check=False).stdout.strip() == answer
+    finally:
+        release.install()
+    other.ready("mine")
