@@ -1,8 +1,15 @@
 """What every test may rely on: no credentials and no cluster of whoever runs the tests, nothing that leaves this machine."""
 
 import os
+from pathlib import Path
 
 import pytest
+
+_HERE = Path(__file__).parent
+# In this order, since what takes longest must not come last. Each of `_SHARED` has one cluster, or one machine, for all its
+# tests, and so one of pytest-xdist's workers; elsewhere each file is a unit of its own.
+_ORDER = ("e2e", "cluster", "storage", "local", "demo", "chart", "unit")
+_SHARED = {"e2e", "cluster", "local", "demo", "chart"}
 
 _FOREIGN = ("AWS_", "AZURE_", "GOOGLE_", "CHECKPOINT_", "RLHF_", "S3_ENDPOINT_URL")
 
@@ -12,3 +19,12 @@ def pytest_configure(config: pytest.Config) -> None:
         del os.environ[name]
     # Else an AWS client without credentials asks the metadata address of a cloud.
     os.environ["AWS_EC2_METADATA_DISABLED"] = "true"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def folder(item: pytest.Item) -> str:
+        return item.path.relative_to(_HERE).parts[0]
+
+    items.sort(key=lambda item: _ORDER.index(folder(item)))
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(folder(item) if folder(item) in _SHARED else item.path.name))
