@@ -1,14 +1,17 @@
 """Who may start a mover: caps hold, one place has one mover, no namespace starves another, and few are told anew."""
 
+import heapq
 from collections import Counter
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from checkpoint_operator.api.artifact import parse_artifact
+from checkpoint_operator.controller import scheduling
 from checkpoint_operator.controller.scheduling import Demand, Hindrance, Limits, Places, bucket_of
 
 START = datetime(2026, 11, 24, tzinfo=UTC)
@@ -220,6 +223,30 @@ def test_a_thousand_artifacts_drain_in_order_and_each_free_place_wakes_one() -> 
     assert started == crowd
     assert woken == 996
     assert max(written.values()) == 1
+
+
+def test_a_crowd_with_a_bucket_each_costs_no_more_to_choose_from_than_one_with_a_single_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Bucket names are a user's own invention: a namespace full of them must not slow down the whole cluster's queue."""
+    moves = Counter[str]()
+
+    class Counted:
+        @staticmethod
+        def heappush(*arguments: Any) -> None:
+            moves["push"] += 1
+            heapq.heappush(*arguments)
+
+        @staticmethod
+        def heappop(heap: list[Any]) -> Any:
+            moves["pop"] += 1
+            return heapq.heappop(heap)
+
+    crowd = [demand("a", number, bucket=f"s3://{number}") for number in range(5000)]
+    made = places([], [*crowd, demand("b", 9999)], Limits(8, 4, 1000))
+    monkeypatch.setattr(scheduling, "heapq", Counted)
+    assert [item.key[0] for item in made.next()] == ["a", "b", "a", "a", "a"]
+    assert moves.total() < 50
 
 
 def test_a_position_is_told_again_when_it_has_grown_old_and_not_before() -> None:

@@ -2,13 +2,14 @@
 
 A free place goes to the namespace with the fewest movers, there to whoever waits longest; so a namespace with a thousand
 artifacts does not starve one with a single one. Nobody but those who are next is woken, and a look costs the same whether
-ten or ten thousand wait (:mod:`bisect` in one line for each namespace and bucket).
+ten or ten thousand wait, for one bucket or for as many (:mod:`bisect` in one line for each namespace and bucket, and in one
+of their heads for each namespace).
 """
 
 import heapq
 from bisect import bisect_left, insort
 from collections import Counter
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
@@ -103,6 +104,7 @@ class Places:
         self._waiting: dict[Key, Demand] = {}
         self._lines: dict[str, _Line] = {}  # by namespace: for positions
         self._bucket_lines: dict[tuple[str, str], _Line] = {}  # by namespace and bucket: for who is next
+        self._heads: dict[str, list[tuple[Rank, str]]] = {}  # by namespace: the first of each such line, and its bucket
         self._next: list[Demand] | None = None  # as long as nothing has changed
         self._said: dict[Key, _Said] = {}
 
@@ -169,7 +171,9 @@ class Places:
         self._next = None
         self._waiting[demand.key] = demand
         insort(self._lines.setdefault(demand.key[0], []), demand.rank)
+        before = self._head(demand)
         insort(self._bucket_lines.setdefault((demand.key[0], demand.bucket), []), demand.rank)
+        self._replace_head(demand, before)
 
     def leave(self, key: Key) -> bool:
         """It does not want to run any more (or now). True if it did."""
@@ -182,8 +186,27 @@ class Places:
             return False
         self._next = None
         _take_out(self._lines, key[0], demand.rank)
+        before = self._head(demand)
         _take_out(self._bucket_lines, (key[0], demand.bucket), demand.rank)
+        self._replace_head(demand, before)
         return True
+
+    def _head(self, demand: Demand) -> Rank | None:
+        line = self._bucket_lines.get((demand.key[0], demand.bucket))
+        return line[0] if line else None
+
+    def _replace_head(self, demand: Demand, before: Rank | None) -> None:
+        """Keep the heads in order after a line has changed."""
+        after = self._head(demand)
+        if after == before:
+            return
+        heads = self._heads.setdefault(demand.key[0], [])
+        if before is not None:
+            del heads[bisect_left(heads, (before, demand.bucket))]
+        if after is not None:
+            insort(heads, (after, demand.bucket))
+        if not heads:
+            del self._heads[demand.key[0]]
 
     def next(self) -> list[Demand]:
         """Who of those who wait may start now, best first."""
@@ -196,31 +219,45 @@ class Places:
         if free <= 0 or not self._waiting:
             return []
         in_namespace, in_bucket, taken = self._in_namespace.copy(), self._in_bucket.copy(), set(self._holders)
-        # The head of each line, and its index; ranks differ, so nothing behind them is ever compared.
-        heads = [
-            (in_namespace[namespace], line[0], 0, bucket, line)
-            for (namespace, bucket), line in self._bucket_lines.items()
-            if in_namespace[namespace] < self._limits.per_namespace and in_bucket[bucket] < self._limits.per_bucket
-        ]
-        heapq.heapify(heads)
+        # The first of each namespace; ranks differ, so nothing behind them is ever compared.
+        first: list[tuple[int, Rank, Demand]] = []
+        lines = {name: self._in_order(name, in_bucket) for name in self._heads}
+
+        def come_up(namespace: str) -> None:
+            if in_namespace[namespace] < self._limits.per_namespace and (demand := next(lines[namespace], None)):
+                heapq.heappush(first, (in_namespace[namespace], demand.rank, demand))
+
+        for namespace in lines:
+            come_up(namespace)
         chosen: list[Demand] = []
-        while heads and len(chosen) < free:
-            movers, rank, index, bucket, line = heapq.heappop(heads)
-            demand = self._waiting[rank[1]]
+        while first and len(chosen) < free:
+            _, _, demand = heapq.heappop(first)
             namespace = demand.key[0]
-            if in_namespace[namespace] >= self._limits.per_namespace or in_bucket[bucket] >= self._limits.per_bucket:
-                continue
-            if in_namespace[namespace] != movers:  # another line of this namespace has got a place meanwhile
-                heapq.heappush(heads, (in_namespace[namespace], rank, index, bucket, line))
-                continue
-            if demand.place not in taken:
+            # Another namespace's may have taken the one or the other meanwhile.
+            if in_bucket[demand.bucket] < self._limits.per_bucket and demand.place not in taken:
                 chosen.append(demand)
                 in_namespace[namespace] += 1
-                in_bucket[bucket] += 1
+                in_bucket[demand.bucket] += 1
                 taken.add(demand.place)
-            if index + 1 < len(line):
-                heapq.heappush(heads, (in_namespace[namespace], line[index + 1], index + 1, bucket, line))
+            come_up(namespace)
         return chosen
+
+    def _in_order(self, namespace: str, in_bucket: Counter[str]) -> Iterator[Demand]:
+        """Those of a namespace who wait, by rank; nobody of a bucket that is full by then. Looks at no more than it gives."""
+        heads = iter(self._heads[namespace])
+        head = next(heads, None)
+        behind: list[tuple[Rank, int, str]] = []  # the next of each line that was begun, and its index
+        while head or behind:
+            if head and not (behind and behind[0][0] < head[0]):
+                (rank, bucket), index, head = head, 0, next(heads, None)
+            else:
+                rank, index, bucket = heapq.heappop(behind)
+            if in_bucket[bucket] >= self._limits.per_bucket:
+                continue
+            line = self._bucket_lines[namespace, bucket]
+            if index + 1 < len(line):
+                heapq.heappush(behind, (line[index + 1], index + 1, bucket))
+            yield self._waiting[rank[1]]
 
     def hindrance(self, demand: Demand) -> Hindrance | None:
         """Why somebody who waits may not start now, or None if it may."""
