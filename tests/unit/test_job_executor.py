@@ -317,3 +317,25 @@ async def test_a_pod_that_is_overdue_has_its_artifact_looked_at_without_an_event
         with suppress(asyncio.CancelledError):
             await following
     assert set(world.notified) == {("team-a", "step-1000")}
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("https://minio.example", "https://MINIO.example:443/", True),
+        ("http://minio.example:80", "http://minio.example.", True),
+        ("https://[::1]:9000", "https://[::1]:9000/", True),
+        ("https://minio.example", "https://minio.example:9000", False),
+        ("https://minio.example", "http://minio.example:443", False),
+        ("https://minio.example/a", "https://minio.example/b", False),
+        ("https://minio.example", None, False),
+    ],
+)
+def test_a_place_is_the_same_however_its_endpoint_is_spelled(one: str, other: str | None, same: bool) -> None:
+    """Else the deletion of one artifact removed what another one, of the other spelling, has as its own."""
+
+    def place(endpoint: str | None) -> str:
+        target = {"uri": "s3://bucket/dpo/checkpoint-1000", **({"endpoint": endpoint} if endpoint else {})}
+        return World().executor.place(artifact(target=target))
+
+    assert (place(one) == place(other)) is same

@@ -243,7 +243,7 @@ class Places:
         return chosen
 
     def _in_order(self, namespace: str, in_bucket: Counter[str]) -> Iterator[Demand]:
-        """Those of a namespace who wait, by rank; nobody of a bucket that is full by then. Looks at no more than it gives."""
+        """Those of a namespace who wait, by rank; nobody of a full bucket. Looks at no more than it gives."""
         heads = iter(self._heads[namespace])
         head = next(heads, None)
         behind: list[tuple[Rank, int, str]] = []  # the next of each line that was begun, and its index

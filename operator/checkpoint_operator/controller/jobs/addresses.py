@@ -47,6 +47,15 @@ def parse(url: str) -> Address | None:
     return Address(match["scheme"], match["host"].lower().rstrip(".").strip("[]"), port, path)
 
 
+def canonical(url: str) -> str:
+    """One spelling for one endpoint: a port that is the scheme's own, a slash or a dot at an end, capitals mean nothing."""
+    address = parse(url)
+    if address is None:
+        return url  # it will not be called
+    host = f"[{address.host}]" if ":" in address.host else address.host
+    return f"{address.scheme}://{host}:{address.port}{address.path}"
+
+
 def why_internal(host: str) -> str | None:
     """What is wrong with calling this host unless an admin names it, or None. Takes every spelling of an IP address."""
     if host in _INTERNAL_NAMES or host.endswith(_INTERNAL_DOMAINS):

@@ -27,7 +27,7 @@ from checkpoint_operator.controller.executor import (
     Prepared,
     StopReason,
 )
-from checkpoint_operator.controller.jobs import adoption, bounds, holder, template
+from checkpoint_operator.controller.jobs import addresses, adoption, bounds, holder, template
 from checkpoint_operator.controller.jobs.cache import Key, MoverCache
 from checkpoint_operator.controller.jobs.gather import Gatherer
 from checkpoint_operator.controller.jobs.observe import (
@@ -132,7 +132,7 @@ class JobExecutor:
         uri = target.uri.removesuffix("/")
         if target.persistent_volume_claim:
             return f"{artifact.metadata.namespace}/{target.persistent_volume_claim.claim_name}|{uri}"
-        return f"{(target.endpoint or '').removesuffix('/')}|{uri}"
+        return f"{addresses.canonical(target.endpoint) if target.endpoint else ''}|{uri}"
 
     async def look(self, artifact: CheckpointArtifact) -> None:
         namespace, mover = artifact.metadata.namespace, artifact.status.mover
