@@ -73,5 +73,4 @@ def test_a_lost_node_holds_up_only_what_lies_on_it(space: Space) -> None:
     finally:
         space.place.restart_kubelet(goes)
         space.kubectl("wait", "--for=condition=Ready", f"node/{goes}", "--timeout=90s")
-    space.retry("local")
     space.ready("local")
