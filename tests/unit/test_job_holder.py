@@ -205,6 +205,7 @@ def test_the_root_group_is_never_given() -> None:
     place = placed(pod(pod_security={"runAsUser": 1000, "runAsGroup": 0, "fsGroup": 0, "supplementalGroups": [0, 5]}))
     assert place.run_as_group == 65532
     assert place.supplemental_groups == (5,)
+    assert place.fs_group is None
 
 
 # ---- groups

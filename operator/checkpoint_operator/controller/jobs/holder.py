@@ -182,7 +182,7 @@ def _groups(known: Sequence[_Holder], of_first_claim: Sequence[_Holder]) -> tupl
     certain while all who hold the source run with the same one. As a supplemental group it gives the same access."""
     running = {one.fs_group for one in known if one.alive and one.running}
     is_held = any(one.running and not one.is_mover for one in of_first_claim)
-    fs_group = next(iter(running)) if is_held and len(running) == 1 else None
+    fs_group = (next(iter(running)) or None) if is_held and len(running) == 1 else None
     groups = {group for one in known for group in (one.fs_group, one.group, *one.groups) if group}
     return fs_group, tuple(sorted(groups - {fs_group}))[:_GROUPS_MAX]
 
