@@ -202,6 +202,21 @@ def test_bad_input_is_refused_by_name(api: Callable[..., Any], case: tuple[dict[
     assert says in done.stderr
 
 
+@pytest.mark.parametrize("field", ["tags", "mover.labels", "mover.annotations", "mover.nodeSelector"])
+def test_a_key_of_any_length_is_refused_so_that_no_object_is_a_megabyte(api: Callable[..., Any], field: str) -> None:
+    def create(length: int) -> Any:
+        free: Any = {"k" * length: "v"}
+        for name in reversed(field.split(".")):
+            free = {name: free}
+        return api("create", "--dry-run=server", "-f", "-", body=body_of("long-keys", **free))
+
+    assert create(317).returncode == 0
+    refused = create(318)
+    assert refused.returncode != 0
+    assert f"spec.{field}" in refused.stderr
+    assert "keys have at most 317 characters" in refused.stderr
+
+
 def test_a_name_that_cannot_become_a_label_is_refused(api: Callable[..., Any]) -> None:
     done = api("create", "--dry-run=server", "-f", "-", body=body_of("n" * 64))
     assert "metadata.name must be at most 63 characters" in done.stderr

@@ -48,6 +48,14 @@ def _uri_rule(rule: str, must: str) -> dict[str, str]:
     return _rule(rule, must, expression=f"""'spec.target.uri ' + (self.matches('[@?]') ? '' : self + ' ') + "{must}\"""")
 
 
+def _map(most: int) -> Any:
+    """A map of free keys: a schema bounds their values, and of the keys nothing but their number. Without a rule one object
+    holds 1.5 MB of them, and the operator, who keeps what is under way in memory, a few hundred such objects."""
+    longest = 317  # a label's key: a domain of 253 characters, a slash, and 63
+    rule = _rule(f"self.all(key, key.size() <= {longest})", f"keys have at most {longest} characters")
+    return _rules(rule, maxProperties=most)
+
+
 class ClaimReference(ApiModel):
     claim_name: Name = Field(description="Name of a PersistentVolumeClaim in the artifact's namespace.")
 
@@ -253,7 +261,7 @@ class MoverOptions(ApiModel):
 
     resources: Resources | None = Field(default=None, description="Requests and limits of the mover's container.")
     node_selector: dict[str, LabelValue] | None = Field(
-        default=None, description="Nodes that the mover may run on.", json_schema_extra={"maxProperties": 32}
+        default=None, description="Nodes that the mover may run on.", json_schema_extra=_map(32)
     )
     tolerations: list[Toleration] | None = Field(
         default=None,
@@ -272,10 +280,10 @@ class MoverOptions(ApiModel):
         default=None, description="Limit for the mover's reading and sending."
     )
     labels: dict[str, LabelValue] | None = Field(
-        default=None, description="More labels for the mover's pod.", json_schema_extra={"maxProperties": 32}
+        default=None, description="More labels for the mover's pod.", json_schema_extra=_map(32)
     )
     annotations: dict[str, LabelValue] | None = Field(
-        default=None, description="More annotations for the mover's pod.", json_schema_extra={"maxProperties": 32}
+        default=None, description="More annotations for the mover's pod.", json_schema_extra=_map(32)
     )
 
 
@@ -342,7 +350,7 @@ class ArtifactSpec(ApiModel):
     tags: dict[str, LabelValue] = Field(
         default_factory=dict,
         description="Free key-value pairs, stored with the checkpoint. Mutable.",
-        json_schema_extra={"maxProperties": 64},
+        json_schema_extra=_map(64),
     )
     deletion_policy: DeletionPolicy = Field(
         default=DeletionPolicy.RETAIN,
