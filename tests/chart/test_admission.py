@@ -122,3 +122,25 @@ def test_labels_are_neither_put_on_nor_taken_off_later(installed: lc.Cluster, us
         assert "belong to the checkpoint operator" in label(name, change)
     assert label("later", "app=x") == ""
     assert label("ours", "app=x") == ""
+
+
+def test_a_suspended_job_does_not_get_our_labels_for_its_pods_later(installed: lc.Cluster, user: str) -> None:
+    """The template of a suspended Job may be changed, and its pods are the Job controller's, whom nobody asks."""
+    for who, name, labels in ((user, "sleeper", {}), (OPERATOR, "sleeping-mover", OURS)):
+        body = job(WHERE, name, labels=labels, pod_labels=labels)
+        body["spec"]["suspend"] = True
+        assert create(installed, who, body, "--save-config=false") == ""
+
+    def change(name: str, labels: dict[str, str | None]) -> str:
+        patch = json.dumps({"spec": {"template": {"metadata": {"labels": labels}}}})
+        flags = ("--type=merge", "-p", patch, f"--as={user}")
+        return kubectl(installed, "-n", WHERE, "patch", "job", name, *flags, check=False).stderr
+
+    for name, labels in (
+        ("sleeper", OURS),
+        ("sleeping-mover", {"checkpoints.rlhf.dev/artifact-uid": "another"}),
+        ("sleeping-mover", dict.fromkeys(OURS)),
+    ):
+        assert "belong to the checkpoint operator" in change(name, labels)
+    assert change("sleeper", {"app": "x"}) == ""
+    assert change("sleeping-mover", {"app": "x"}) == ""
