@@ -14,13 +14,19 @@ _PARTS = re.compile(
     r"(?P<path>/[!-~]*)?"
 )
 # Names that a cloud's own resolver answers with its metadata address, and those of the pod itself.
-_INTERNAL_NAMES = ("localhost", "metadata", "metadata.google.internal", "metadata.goog", "instance-data")
-_INTERNAL_DOMAINS = (".localhost", ".metadata.google.internal", ".metadata.goog", ".ec2.internal")
-# Beside what `ipaddress` knows as link-local: the metadata services of Alibaba, of Azure's host, of EC2 and GCE over IPv6.
-_METADATA = tuple(
-    ipaddress.ip_address(text) for text in ("100.100.100.200", "168.63.129.16", "fd00:ec2::254", "fd20:ce::254")
+_INTERNAL_NAMES = (
+    *("localhost", "localhost6", "ip6-localhost", "ip6-loopback"),  # as /etc/hosts of many images has them
+    *("metadata", "metadata.google.internal", "metadata.goog", "instance-data"),
 )
-_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+_INTERNAL_DOMAINS = (".localhost", ".metadata.google.internal", ".metadata.goog", ".ec2.internal")
+# Beside what `ipaddress` knows as link-local: the metadata services of Alibaba, of Azure's host, of Oracle, of EC2 (and EKS'
+# agent, who hands out pods' identities) and of GCE over IPv6.
+_METADATA = tuple(
+    ipaddress.ip_address(text)
+    for text in ("100.100.100.200", "168.63.129.16", "192.0.0.192", "fd00:ec2::254", "fd00:ec2::23", "fd20:ce::254")
+)
+# NAT64's two prefixes (RFC 6052, RFC 8215 with the address at its end), and SIIT's (RFC 2765).
+_TRANSLATED = tuple(ipaddress.ip_network(text) for text in ("64:ff9b::/96", "64:ff9b:1::/48", "::ffff:0:0:0/96"))
 # 240/4 too: no store is there, and some stacks take 255.255.255.255 for everybody.
 _RESERVED = ipaddress.ip_network("240.0.0.0/4")
 
@@ -128,9 +134,9 @@ def _old_ipv4(host: str) -> ipaddress.IPv4Address | None:
 
 
 def _inner(address: ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:
-    """The IPv4 address that an IPv6 one stands for: mapped, compatible, 6to4, NAT64."""
+    """The IPv4 address that an IPv6 one stands for: mapped, compatible, 6to4, translated."""
     if address.ipv4_mapped or address.sixtofour:
         return address.ipv4_mapped or address.sixtofour
-    if address in _NAT64 or (int(address) >> 32 == 0 and int(address) > 1):
+    if any(address in network for network in _TRANSLATED) or (int(address) >> 32 == 0 and int(address) > 1):
         return ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
     return None
