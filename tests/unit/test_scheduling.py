@@ -249,6 +249,28 @@ def test_a_crowd_with_a_bucket_each_costs_no_more_to_choose_from_than_one_with_a
     assert moves.total() < 50
 
 
+def test_movers_that_somebody_else_lets_sleep_keep_nobody_waiting_outside_of_their_namespace() -> None:
+    """A queue of Kueue's that does not exist, named by two namespaces, must not stop the cluster."""
+    sleepers = [demand(namespace, number, place=f"p{number}") for namespace in "ab" for number in range(4)]
+    made = Places(Limits(8, 4, 4))
+    for item in sleepers:
+        made.take(item, asleep=True)
+    same_target, own = demand("c", 1, place="p1"), demand("a", 9)
+    made.wait(same_target)
+    made.wait(own)
+    assert made.next() == [same_target]
+    assert made.hindrance(same_target) is None
+    assert made.hindrance(own) is Hindrance.MAX_MOVERS_PER_NAMESPACE
+    made.take(same_target)
+    made.take(sleepers[1])  # it was woken
+    assert made.running == 2
+    assert not made.sleeps(sleepers[1].key)
+    for item in (*sleepers, same_target):
+        assert made.release(item.key)
+    assert made.running == 0
+    assert made.next() == [own]
+
+
 def test_a_position_is_told_again_when_it_has_grown_old_and_not_before() -> None:
     made = places([demand("x", 0)], [demand("a", 1)], Limits(1, 1, 1))
     who = demand("a", 2)

@@ -38,7 +38,9 @@ from checkpoint_operator.controller.decisions import (
 from checkpoint_operator.controller.executor import (
     EarlierMover,
     Executor,
+    MoverState,
     NoMover,
+    PendingMover,
 )
 from checkpoint_operator.controller.health import Health
 from checkpoint_operator.controller.kube import Conflict, Kube, KubeError, NotFound
@@ -106,8 +108,9 @@ class Reconciler:
             artifact = parse_artifact(body)
         except ValidationError:
             return
-        if not isinstance(self._executor.state(artifact), NoMover | EarlierMover):
-            self._places.take(self._demand(artifact))
+        mover = self._executor.state(artifact)
+        if not isinstance(mover, NoMover | EarlierMover):
+            self._places.take(self._demand(artifact), asleep=_is_asleep(mover))
         elif not artifact.spec.suspend and not artifact.status.next_retry_time:
             self._places.wait(self._demand(artifact))
 
@@ -281,8 +284,10 @@ class Reconciler:
             # For this look: whoever is not told to wait, or wants no mover now, leaves the line as soon as that is decided.
             self._places.wait(demand)
             why = self._places.explain(demand, now, _told(status))
-        elif not self._places.runs(key):
-            self._places.take(demand)  # it was found running after a restart
+        elif not self._places.runs(key) or self._places.sleeps(key) != _is_asleep(mover):
+            # It was found running after a restart; or somebody else lets it sleep, or has woken it.
+            self._places.take(demand, asleep=_is_asleep(mover))
+            self._wake()
         return Observed(
             artifact=artifact,
             mover=mover,
@@ -377,6 +382,11 @@ class Reconciler:
             )
         except KubeError as error:
             _log.warning("%s/%s: the event %s was not posted: %s", *artifact.key, event.reason, error)
+
+
+def _is_asleep(mover: MoverState) -> bool:
+    """Whether somebody else than the operator decides when it runs: its Job is suspended."""
+    return isinstance(mover, PendingMover) and mover.patient
 
 
 def _told(status: ArtifactStatus) -> str | None:

@@ -98,6 +98,7 @@ class Places:
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
         self._running: dict[Key, Demand] = {}
+        self._asleep: set[Key] = set()  # some of those
         self._in_namespace: Counter[str] = Counter()
         self._in_bucket: Counter[str] = Counter()
         self._holders: dict[str, Key] = {}
@@ -119,7 +120,7 @@ class Places:
 
     @property
     def running(self) -> int:
-        return len(self._running)
+        return len(self._running) - len(self._asleep)
 
     @property
     def waiting(self) -> int:
@@ -128,6 +129,9 @@ class Places:
     def runs(self, key: Key) -> bool:
         return key in self._running
 
+    def sleeps(self, key: Key) -> bool:
+        return key in self._asleep
+
     def waits(self, key: Key) -> bool:
         return key in self._waiting
 
@@ -135,13 +139,20 @@ class Places:
         """How many were told to wait for what. Safe to call from another thread."""
         return Counter(said.why for said in list(self._said.values()))
 
-    def take(self, demand: Demand) -> None:
-        """It runs a mover (or is about to): it waits no longer, and what it has is taken."""
+    def take(self, demand: Demand, *, asleep: bool = False) -> None:
+        """It runs a mover (or is about to): it waits no longer, and what it has is taken.
+
+        ``asleep``: there is a mover, and somebody else (Kueue) decides when it may run, perhaps never. It counts in its
+        namespace alone: no other one's artifact waits for it.
+        """
         self.leave(demand.key)
         self._stop(demand.key)
         self._next = None
         self._running[demand.key] = demand
         self._in_namespace[demand.key[0]] += 1
+        if asleep:
+            self._asleep.add(demand.key)
+            return
         self._in_bucket[demand.bucket] += 1
         self._holders.setdefault(demand.place, demand.key)
 
@@ -155,11 +166,15 @@ class Places:
             return False
         self._next = None
         _subtract(self._in_namespace, key[0])
+        if key in self._asleep:
+            self._asleep.remove(key)
+            return True
         _subtract(self._in_bucket, demand.bucket)
         if self._holders.get(demand.place) == key:
             del self._holders[demand.place]
             # Two may run at one place where both were found running at the start.
-            if other := next((key for key, it in self._running.items() if it.place == demand.place), None):
+            awake = (key for key, it in self._running.items() if it.place == demand.place and key not in self._asleep)
+            if other := next(awake, None):
                 self._holders[demand.place] = other
         return True
 
@@ -215,7 +230,7 @@ class Places:
         return self._next
 
     def _choose(self) -> list[Demand]:
-        free = self._limits.total - len(self._running)
+        free = self._limits.total - self.running
         if free <= 0 or not self._waiting:
             return []
         in_namespace, in_bucket, taken = self._in_namespace.copy(), self._in_bucket.copy(), set(self._holders)
@@ -263,7 +278,7 @@ class Places:
         """Why somebody who waits may not start now, or None if it may."""
         if self._holders.get(demand.place, demand.key) != demand.key:
             return Hindrance.SAME_TARGET
-        if len(self._running) >= self._limits.total:
+        if self.running >= self._limits.total:
             return Hindrance.MAX_MOVERS
         if self._in_namespace[demand.key[0]] >= self._limits.per_namespace:
             return Hindrance.MAX_MOVERS_PER_NAMESPACE
