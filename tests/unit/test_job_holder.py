@@ -211,6 +211,14 @@ def test_the_root_group_is_never_given() -> None:
 # ---- groups
 
 
+def test_of_a_pod_with_lists_of_any_length_no_more_is_taken_than_a_mover_may_have() -> None:
+    """Whoever may create a pod decides how long they are, up to a megabyte; the operator must not stand still for them."""
+    many = [{"key": f"k{number}", "operator": "Exists"} for number in range(5000)]
+    place = placed(pod(tolerations=many, pod_security={"runAsUser": 1000, "supplementalGroups": list(range(1, 5000))}))
+    assert place.tolerations == tuple(many[:64])
+    assert place.supplemental_groups == tuple(range(1, 33))
+
+
 def test_an_fs_group_is_repeated_while_its_holder_runs_and_is_a_supplemental_group_otherwise() -> None:
     security = {"runAsUser": 1000, "runAsGroup": 100, "fsGroup": 2000, "supplementalGroups": [3000]}
     place = placed(pod(pod_security=security))

@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable
 from typing import Generic, TypeVar
 
 from checkpoint_operator.api.base import JsonObject
+from checkpoint_operator.controller.jobs.holder import GROUPS_MAX, TOLERATIONS_MAX
 from checkpoint_operator.controller.kube import Kube, NotFound
 
 MOMENT = 2.0
@@ -87,16 +88,23 @@ def _mounts_a_claim(pod: JsonObject) -> bool:
 
 _KEPT_OF_CONTAINER = ("name", "securityContext", "volumeMounts")
 _KEPT_OF_METADATA = ("name", "namespace", "uid", "labels", "ownerReferences", "creationTimestamp", "deletionTimestamp")
-_KEPT_OF_SPEC = ("nodeName", "securityContext", "tolerations")
+_KEPT_OF_SPEC = ("nodeName",)
+_KEPT_OF_SECURITY = ("runAsUser", "runAsGroup", "fsGroup", "seLinuxOptions")
 
 
 def slim(pod: JsonObject) -> JsonObject:
-    """A pod without commands, environments and images: a thousand of a namespace are in memory for a moment."""
+    """A pod without commands, environments and images, and without the end of lists that have none: a thousand of a
+    namespace are in memory for a moment."""
     metadata, spec, status = pod["metadata"], pod["spec"], pod.get("status") or {}
+    security = spec.get("securityContext") or {}
+    groups = (security.get("supplementalGroups") or [])[:GROUPS_MAX]
     return {
         "metadata": _only(metadata, _KEPT_OF_METADATA),
         "spec": {
             **_only(spec, _KEPT_OF_SPEC),
+            "securityContext": {**_only(security, _KEPT_OF_SECURITY), **({"supplementalGroups": groups} if groups else {})},
+            # Two more: those for nodes that are gone, which every pod has, are not counted.
+            "tolerations": (spec.get("tolerations") or [])[: TOLERATIONS_MAX + 2],
             "volumes": [volume for volume in spec.get("volumes") or [] if "persistentVolumeClaim" in volume],
             **{
                 kind: [_only(container, _KEPT_OF_CONTAINER) for container in spec[kind]]

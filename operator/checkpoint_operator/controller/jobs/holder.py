@@ -7,6 +7,7 @@ the files are: a training that is done leaves its pod behind for a while, and th
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from checkpoint_operator.api import names
@@ -17,7 +18,9 @@ from checkpoint_operator.api.protocol import Failure, Operation
 from checkpoint_operator.controller.config_jobs import JobRules
 from checkpoint_operator.controller.jobs.bounds import service_account_name
 
-_GROUPS_MAX = 32
+GROUPS_MAX = 32
+TOLERATIONS_MAX = 64
+"""So many of a pod's are looked at. Kubernetes takes what fits into 1.5 MB, and a pod that mounts a claim is anybody's."""
 _TERMINAL = ("Succeeded", "Failed")
 _MOVER_NAME = re.compile(r"ckpt-(?P<uid>[0-9a-f-]{36})-[0-9]{1,9}")
 # Without these a pod stays "running" for ever on a node that is gone; the template sets its own.
@@ -184,7 +187,7 @@ def _groups(known: Sequence[_Holder], of_first_claim: Sequence[_Holder]) -> tupl
     is_held = any(one.running and not one.is_mover for one in of_first_claim)
     fs_group = (next(iter(running)) or None) if is_held and len(running) == 1 else None
     groups = {group for one in known for group in (one.fs_group, one.group, *one.groups) if group}
-    return fs_group, tuple(sorted(groups - {fs_group}))[:_GROUPS_MAX]
+    return fs_group, tuple(sorted(groups - {fs_group}))[:GROUPS_MAX]
 
 
 def _refuse_account(artifact: CheckpointArtifact, account: JsonObject | None, rules: JobRules) -> Failure | None:
@@ -262,6 +265,7 @@ def _holder(pod: JsonObject, claim: str) -> _Holder | None:
     user = _user(spec, container, status)
     own = _dict(spec, "securityContext")
     groups = own.get("supplementalGroups")
+    tolerations = (one for one in _dicts(spec, "tolerations") if one.get("key") not in _LOST_NODE)
     level = _dict(_dict(container, "securityContext"), "seLinuxOptions").get("level")
     level = level or _dict(own, "seLinuxOptions").get("level")
     return _Holder(
@@ -275,9 +279,9 @@ def _holder(pod: JsonObject, claim: str) -> _Holder | None:
         user=user[0],
         group=user[1],
         fs_group=_id(own.get("fsGroup")),
-        groups=tuple(group for item in (groups or []) if (group := _id(item)) is not None),
+        groups=tuple(group for item in (groups or [])[:GROUPS_MAX] if (group := _id(item)) is not None),
         selinux_level=level if isinstance(level, str) else None,
-        tolerations=tuple(one for one in _dicts(spec, "tolerations") if one.get("key") not in _LOST_NODE),
+        tolerations=tuple(islice(tolerations, TOLERATIONS_MAX)),
     )
 
 
