@@ -1,6 +1,7 @@
 """Health endpoints that tell the truth: alive while a restart would not help, dead when nothing else would."""
 
 import asyncio
+import socket
 import threading
 import urllib.error
 import urllib.request
@@ -195,6 +196,19 @@ def test_clients_that_keep_connections_open_do_not_keep_others_out_for_long(port
             break
         except OSError:
             continue
+
+
+def test_clients_that_never_come_to_an_end_do_not_keep_out_a_probe(port: int) -> None:
+    """Any pod of the cluster may connect; a probe that found no place would have the operator restarted."""
+    slow = [socket.create_connection(("127.0.0.1", port)) for _ in range(CONNECTIONS)]
+    try:
+        for connection in slow:
+            connection.sendall(b"GET /healthz HTTP/1.1\r\nX: ")
+        for _ in range(3):
+            assert ask(port, "/healthz")[0] == 200
+    finally:
+        for connection in slow:
+            connection.close()
 
 
 def test_an_address_that_is_taken_is_named(port: int, health: Health) -> None:

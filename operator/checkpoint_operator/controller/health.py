@@ -9,9 +9,9 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from socket import AF_INET, AF_INET6, socket
+from socket import AF_INET, AF_INET6, SHUT_RDWR, socket
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
@@ -122,21 +122,28 @@ class _Server(ThreadingHTTPServer):
         self.address_family = AF_INET6 if ":" in address[0] else AF_INET
         self.health = health
         self.registry = registry
-        self._free = threading.BoundedSemaphore(CONNECTIONS)
+        self._open: dict[object, None] = {}  # in the order in which they came
+        self._opening = threading.Lock()
         super().__init__(address, _Handler)
 
     def process_request(self, request: "socket | tuple[bytes, socket]", client_address: object) -> None:
-        # Whoever opens thousands of connections gets no thread for each.
-        if not self._free.acquire(blocking=False):
-            self.shutdown_request(request)
-            return
+        # Whoever opens thousands of connections, and says a letter on each now and then, keeps out nobody who has a question.
+        # That takes a moment, so it is the oldest one that has to go. A probe that is not answered is our restart.
+        with self._opening:
+            oldest = next(iter(self._open)) if len(self._open) >= CONNECTIONS else None
+            self._open.pop(oldest, None)
+            self._open[request] = None
+        if isinstance(oldest, socket):
+            with suppress(OSError):
+                oldest.shutdown(SHUT_RDWR)  # its thread finds the end, and closes
         super().process_request(request, client_address)
 
     def process_request_thread(self, request: "socket | tuple[bytes, socket]", client_address: object) -> None:
         try:
             super().process_request_thread(request, client_address)
         finally:
-            self._free.release()
+            with self._opening:
+                self._open.pop(request, None)
 
     def handle_error(self, request: object, client_address: object) -> None:
         _log.debug("a client of %s went away", self.server_address, exc_info=True)
