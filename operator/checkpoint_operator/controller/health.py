@@ -127,7 +127,7 @@ class _Server(ThreadingHTTPServer):
         super().__init__(address, _Handler)
 
     def process_request(self, request: "socket | tuple[bytes, socket]", client_address: object) -> None:
-        # Whoever opens thousands of connections, and says a letter on each now and then, keeps out nobody who has a question.
+        # Whoever opens thousands of connections, with a letter on each now and then, keeps out nobody who has a question.
         # That takes a moment, so it is the oldest one that has to go. A probe that is not answered is our restart.
         with self._opening:
             oldest = next(iter(self._open)) if len(self._open) >= CONNECTIONS else None
