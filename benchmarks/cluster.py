@@ -39,7 +39,7 @@ IDLE = 60.0
 """Seconds in which an operator that has nothing to do is looked at."""
 TRAILING = 3.0
 """Seconds after Ready in which the last calls (an event, the Job's deletion) are awaited."""
-SLOW_BYTES, SLOW_RATE = 2 << 20, 8 << 10
+SLOW_BYTES, SLOW_RATE = 16 << 20, 64 << 10
 """What a mover of the restart test has to do: four minutes, and hardly any CPU."""
 WRITES = {"create", "update", "patch", "delete", "deletecollection"}
 

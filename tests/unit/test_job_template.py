@@ -175,10 +175,10 @@ def test_no_mount_has_a_sub_path() -> None:
 def test_the_plan_says_where_things_are_mounted_and_whose_keys_are_used() -> None:
     target = {"uri": "s3://bucket/c", "region": "eu-1", "endpoint": "https://minio.example", **SECRET}
     target["s3"] = {"forcePathStyle": True, "storageClass": "COLD", "sseKMSKeyID": "k"}
-    plan = plan_of(job(artifact(target=target, mover={"maxBytesPerSecond": 5}), by=rules(caBundle=CERTIFICATE)))
+    plan = plan_of(job(artifact(target=target, mover={"maxBytesPerSecond": 70_000}), by=rules(caBundle=CERTIFICATE)))
     options = plan.options
     assert (options.endpoint, options.region, options.force_path_style) == ("https://minio.example", "eu-1", True)
-    assert (options.storage_class, options.sse_kms_key_id, options.max_bytes_per_second) == ("COLD", "k", 5)
+    assert (options.storage_class, options.sse_kms_key_id, options.max_bytes_per_second) == ("COLD", "k", 70_000)
     assert (options.credentials_directory, options.allow_ambient_credentials) == ("/var/run/checkpoint/credentials", False)
     assert (options.ca_bundle_pem, options.ca_bundle, options.file_root) == (CERTIFICATE, None, None)
     assert options.only_this_endpoint
@@ -402,7 +402,7 @@ MOVERS = st.fixed_dictionaries(
         "priorityClassName": WORD,
         "serviceAccountName": WORD,
         "runAsUser": st.integers(1, 2**31 - 1),
-        "maxBytesPerSecond": st.integers(1, 2**53),
+        "maxBytesPerSecond": st.integers(64 << 10, 2**53),
         "labels": st.dictionaries(WORD, WORD, max_size=3),
         "annotations": st.dictionaries(WORD, HOSTILE_TEXT, max_size=3),
     },

@@ -276,8 +276,9 @@ class MoverOptions(ApiModel):
     run_as_user: Annotated[int, Field(ge=1, le=2147483647)] | None = Field(
         default=None, description="User that can read the files; by default the one of the pod that holds the claim."
     )
-    max_bytes_per_second: Annotated[int, Field(ge=1, le=2**53)] | None = Field(
-        default=None, description="Limit for the mover's reading and sending."
+    max_bytes_per_second: Annotated[int, Field(ge=64 << 10, le=2**53)] | None = Field(
+        default=None,
+        description="Limit for the mover's reading and sending, at least 64 KiB: who never ends holds a place for ever.",
     )
     labels: dict[str, LabelValue] | None = Field(
         default=None, description="More labels for the mover's pod.", json_schema_extra=_map(32)

@@ -102,7 +102,7 @@ class JobRules(FileModel):
         default=(EVERY,), description="Labels of nodes that spec.mover may select by; '*': any."
     )
     allowed_labels: tuple[str, ...] = Field(
-        default=(), description="Keys with a domain that spec.mover.labels may have: example.com/team or example.com/*."
+        default=(), description="Keys that spec.mover.labels may have: team, example.com/team or example.com/*."
     )
     allowed_annotations: tuple[str, ...] = Field(
         default=(), description="Keys with a domain that spec.mover.annotations may have."

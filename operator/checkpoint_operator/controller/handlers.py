@@ -76,7 +76,7 @@ def settings() -> kopf.OperatorSettings:
     chosen.persistence.finalizer = f"{names.GROUP}/kopf-unused"
     chosen.watching.server_timeout = 300
     chosen.watching.connect_timeout = 10
-    chosen.watching.chunk_size = 100  # whole objects of one page are in memory several times over
+    chosen.watching.chunk_size = 25  # whole objects of one page are in memory several times over
     # Each object has a worker that holds its last event for as long as it idles: at the start that is all of them.
     chosen.queueing.idle_timeout = 0.5
     chosen.networking.request_timeout = 30

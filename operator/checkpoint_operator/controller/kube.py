@@ -17,7 +17,7 @@ from checkpoint_operator.api.base import JsonObject
 
 TIMEOUT = 30.0
 """Seconds for one request."""
-PAGE = 100
+PAGE = 25
 """Objects in one page of a list: bounds the memory of a resync of ten thousand artifacts."""
 NOTE_MAX = 1024
 """The API's own limit of an event's note, in bytes."""

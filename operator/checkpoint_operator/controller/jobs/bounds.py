@@ -154,27 +154,28 @@ def _check_scheduling(artifact: CheckpointArtifact, rules: JobRules) -> Failure 
 def _check_metadata(artifact: CheckpointArtifact, rules: JobRules) -> Failure | None:
     mover = _mover(artifact)
     for key, value in (mover.labels or {}).items():
-        problem = _key_problem(key) or _value_problem(value) or _metadata_problem(key, (*rules.allowed_labels, QUEUE_NAME))
+        allowed = (*rules.allowed_labels, QUEUE_NAME)
+        problem = _key_problem(key) or _value_problem(value) or _metadata_problem(key, allowed, words=False)
         if problem:
             return _not_allowed("labels", f"{key!r}: {problem}")
     for key in mover.annotations or {}:
-        if problem := _key_problem(key) or _metadata_problem(key, rules.allowed_annotations):
+        if problem := _key_problem(key) or _metadata_problem(key, rules.allowed_annotations, words=True):
             return _not_allowed("annotations", f"{key!r}: {problem}")
     return None
 
 
-def _metadata_problem(key: str, allowed: Sequence[str]) -> str | None:
+def _metadata_problem(key: str, allowed: Sequence[str], *, words: bool) -> str | None:
     """Labels and annotations are instructions to whoever watches pods: sidecar injectors take images and volumes from them,
-    runtimes and identity agents rights. Which of them listen only the admin knows, so that every domain has to be listed;
-    a plain word (``team``) is nobody's."""
+    runtimes and identity agents rights. Which of them listen only the admin knows, so that every domain has to be listed.
+    ``words``: a plain word (``team``) is nobody's. Of labels it is what Services and NetworkPolicies select pods by."""
     domain, slash, _ = key.rpartition("/")
     if domain == names.GROUP or domain.endswith(f".{names.GROUP}") or key in _JOB_CONTROLLER_LABELS:
         return "is a name of the operator's or of the Job controller's own"
     if key in allowed or (slash and f"{domain}/{EVERY}" in allowed):
         return None
-    if not slash and "." not in key:
+    if words and not slash and "." not in key:
         return None
-    return f"keys with a domain may be: {', '.join(allowed) or 'none'}"
+    return f"{'keys with a domain' if words else 'it'} may be: {', '.join(allowed) or 'none'} (the admin's list)"
 
 
 def _key_problem(key: str) -> str | None:
