@@ -220,7 +220,7 @@ class FileWorld(World):
         self.root.mkdir()
         self.options = TargetOptions(file_root=str(self.root))
         self.backend = LocalStorageBackend(self.root)
-        self.place = self.root / self.uri("x").path.rpartition("/")[0]
+        self.folder = self.root / self.uri("x").path.rpartition("/")[0]
 
     def suffer(self, fault: Fault) -> None:
         match fault:
@@ -234,16 +234,16 @@ class FileWorld(World):
                 self.root.chmod(0o555)
 
     def put(self, path: str, data: bytes) -> None:
-        make(self.place, {path: data})
+        make(self.folder, {path: data})
 
     def get(self, path: str) -> bytes:
-        return (self.place / path).read_bytes()
+        return (self.folder / path).read_bytes()
 
     def remove(self, path: str) -> None:
-        (self.place / path).unlink()
+        (self.folder / path).unlink()
 
     def paths(self) -> list[str]:
-        return sorted(key for key, value in tree(self.place).items() if value is not None)
+        return sorted(key for key, value in tree(self.folder).items() if value is not None)
 
 
 Cue = Callable[[str, str], object]

@@ -93,10 +93,10 @@ def test_a_deletion_that_died_at_its_last_step_leaves_a_place_that_can_be_used_a
     file_world: FileWorld, source: Path
 ) -> None:
     file_world.upload(source)
-    place = file_world.place / "run"
+    place = file_world.folder / "run"
     os.rename(place / MARKER, place / DELETING_NAME)
     (place / "config.json").unlink()
     (place / "sub" / "weights.bin").unlink()
     assert file_world.delete() == "nothing is left there"
-    assert tree(file_world.place) == {}
+    assert tree(file_world.folder) == {}
     file_world.upload(source, uid="uid-b")

@@ -47,13 +47,13 @@ def test_a_link_in_the_way_to_the_target_is_not_followed(file_world: FileWorld, 
 def test_lists_and_downloads_follow_no_link(file_world: FileWorld, source: Path) -> None:
     file_world.upload(source)
     secret = make(file_world.work / "outside", {"model.safetensors": b"WEIGHTS"})
-    shutil.copytree(file_world.place / "run", secret / "checkpoint")
-    (file_world.place / "linked").symlink_to(secret / "checkpoint")
+    shutil.copytree(file_world.folder / "run", secret / "checkpoint")
+    (file_world.folder / "linked").symlink_to(secret / "checkpoint")
     listed = [found.storage_path for found in file_world.backend.list_artifacts(file_world.uri("run"))]
     assert listed == [str(file_world.uri())]
     assert list(file_world.backend.list_artifacts(file_world.uri("linked"))) == []
     file_world.remove("run/model.safetensors")
-    (file_world.place / "run" / "model.safetensors").symlink_to(secret / "model.safetensors")
+    (file_world.folder / "run" / "model.safetensors").symlink_to(secret / "model.safetensors")
     with refused(Reason.INTEGRITY_MISMATCH):
         file_world.download()
 
@@ -61,11 +61,11 @@ def test_lists_and_downloads_follow_no_link(file_world: FileWorld, source: Path)
 def test_a_fifo_in_the_place_of_a_file_blocks_nobody(file_world: FileWorld, source: Path) -> None:
     file_world.upload(source)
     file_world.remove("run/model.safetensors")
-    os.mkfifo(file_world.place / "run" / "model.safetensors")
+    os.mkfifo(file_world.folder / "run" / "model.safetensors")
     with refused(Reason.INTEGRITY_MISMATCH):
         file_world.download()
     file_world.remove(f"run/{MARKER}")
-    os.mkfifo(file_world.place / "run" / MARKER)
+    os.mkfifo(file_world.folder / "run" / MARKER)
     with refused(Reason.TARGET_NOT_EMPTY):
         file_world.upload(source)
 
@@ -98,7 +98,7 @@ def test_a_deletion_does_not_follow_a_manifest_out_of_the_folder(
 
 @pytest.mark.parametrize("layout", list(Layout))
 def test_a_target_inside_the_source_is_refused_and_nothing_is_made_there(file_world: FileWorld, layout: Layout) -> None:
-    source = make(file_world.place / "source", {"x": b"x"})
+    source = make(file_world.folder / "source", {"x": b"x"})
     with refused(Reason.INVALID_SPEC):
         file_world.upload(source, "source/backup/run", layout=layout)
     with pytest.raises(StorageError):
@@ -109,16 +109,16 @@ def test_a_target_inside_the_source_is_refused_and_nothing_is_made_there(file_wo
 def test_a_file_or_a_folder_that_is_not_empty_is_in_the_way(file_world: FileWorld, source: Path) -> None:
     file_world.put("file", b"mine")
     file_world.put("folder/notes.txt", b"mine")
-    before = tree(file_world.place)
+    before = tree(file_world.folder)
     for name in ("file", "folder", "file/below"):
         with pytest.raises(StorageError) as caught:
             file_world.upload(source, name)
         assert not caught.value.retryable
-    assert tree(file_world.place) == before
+    assert tree(file_world.folder) == before
 
 
 def test_an_empty_folder_is_no_obstacle(file_world: FileWorld, source: Path) -> None:
-    (file_world.place / "run").mkdir(parents=True)
+    (file_world.folder / "run").mkdir(parents=True)
     assert file_world.upload(source).data_owner
 
 
@@ -129,7 +129,7 @@ def test_a_folder_that_gets_content_during_the_upload_is_not_replaced(file_world
 
     with refused(Reason.TARGET_NOT_EMPTY):
         file_world.upload(source, progress=intrude)
-    assert tree(file_world.place / "run") == {"notes.txt": b"mine"}
+    assert tree(file_world.folder / "run") == {"notes.txt": b"mine"}
     file_world.delete()
     assert file_world.paths() == ["run/notes.txt"]
 
@@ -148,7 +148,7 @@ def test_of_two_artifacts_the_one_that_renames_first_has_the_place(file_world: F
 
 def test_a_half_removed_artifact_is_invisible_and_its_removal_goes_on(file_world: FileWorld, source: Path) -> None:
     file_world.upload(source)
-    folder = file_world.place / "run"
+    folder = file_world.folder / "run"
     (folder / MARKER).rename(folder / ".metadata.deleting.json")
     (folder / "config.json").unlink()
     with refused(Reason.NOT_FOUND):
@@ -175,7 +175,7 @@ def test_what_an_earlier_attempt_staged_is_kept_where_it_is_right_and_rewritten_
     source = make(file_world.work / "source", {f"{n}.bin": bytes([n]) * 9 for n in range(5)})
     with pytest.raises(Cancelled):
         file_world.upload(source, cancelled=OnLook(4))
-    staging = file_world.place / STAGING
+    staging = file_world.folder / STAGING
     kept = (staging / "0.bin").stat().st_ino
     (staging / "1.bin").write_bytes(b"wrong and longer than before")
     make(staging, {"stray/file": b"x", MARKER: b"{}"})
@@ -183,7 +183,7 @@ def test_what_an_earlier_attempt_staged_is_kept_where_it_is_right_and_rewritten_
     (staging / "2.bin").symlink_to(file_world.work / "outside")
     os.mkfifo(staging / "4.bin")
     file_world.upload(source)
-    assert (file_world.place / "run" / "0.bin").stat().st_ino == kept
+    assert (file_world.folder / "run" / "0.bin").stat().st_ino == kept
     assert tree(file_world.download()) == tree(source)
     assert not (file_world.work / "outside").exists()
     assert file_world.paths() == [f"run/{MARKER}", *(f"run/{n}.bin" for n in range(5))]
@@ -240,7 +240,7 @@ def test_a_process_that_dies_leaves_no_lock(file_world: FileWorld, source: Path)
     assert first.stdout.readline() == b"reading\n"
     first.kill()
     first.communicate(timeout=60)
-    assert (file_world.place / STAGING).is_dir()
+    assert (file_world.folder / STAGING).is_dir()
     file_world.upload(source)
     assert tree(file_world.download()) == tree(source)
 
@@ -275,7 +275,7 @@ def test_a_staging_folder_that_was_committed_between_open_and_lock_is_left_alone
 
 def test_a_removal_waits_for_whoever_holds_the_artifact(file_world: FileWorld, source: Path) -> None:
     file_world.upload(source)
-    descriptor = os.open(file_world.place / "run", os.O_RDONLY)
+    descriptor = os.open(file_world.folder / "run", os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         with refused(Reason.TARGET_BUSY):
@@ -291,7 +291,7 @@ def test_a_removal_waits_for_whoever_holds_the_artifact(file_world: FileWorld, s
 def interrupted(file_world: FileWorld, source: Path, look: int) -> Path:
     with pytest.raises(Cancelled):
         file_world.upload(source, cancelled=OnLook(look))
-    return file_world.place / STAGING
+    return file_world.folder / STAGING
 
 
 class Reads:
@@ -388,7 +388,7 @@ def test_a_sparse_file_of_three_gibibytes_takes_no_more_room_than_it_has_data(fi
             file.seek(place)
             file.write(b"islands")
     file_world.upload(source)
-    copy = file_world.place / "run" / "sparse.bin"
+    copy = file_world.folder / "run" / "sparse.bin"
     assert copy.stat().st_size == 3 << 30
     assert copy.stat().st_blocks * 512 < 256 * MIB
     with copy.open("rb") as file:
@@ -417,7 +417,7 @@ def test_the_first_file_that_fails_ends_the_upload_and_nothing_is_visible(file_w
 
     with refused(Reason.SOURCE_CHANGED):
         file_world.upload(source, progress=vanish)
-    assert not (file_world.place / "run").exists()
+    assert not (file_world.folder / "run").exists()
 
 
 # ---- Disks that refuse

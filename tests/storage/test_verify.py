@@ -173,7 +173,7 @@ def test_links_folders_and_special_files_are_compared_as_well(file_world: FileWo
     (source / "latest").symlink_to("sub")
     (source / "void").mkdir()
     file_world.upload(source)
-    place = file_world.place / "run"
+    place = file_world.folder / "run"
     (place / "latest").unlink()
     (place / "latest").symlink_to("..")
     (place / "planted").symlink_to("config.json")
@@ -194,7 +194,7 @@ def test_a_link_in_the_place_of_a_file_is_found_whatever_it_leads_to(file_world:
     file_world.upload(source)
     same = make(file_world.work / "outside", {"same": b"weights"}) / "same"
     file_world.remove("run/model.safetensors")
-    (file_world.place / "run" / "model.safetensors").symlink_to(same)
+    (file_world.folder / "run" / "model.safetensors").symlink_to(same)
     assert "'model.safetensors' is missing" in problem(file_world)
 
 
