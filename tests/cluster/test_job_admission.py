@@ -23,6 +23,7 @@ RULES = JobRules(
     image="checkpoint-operator:dev",
     allowed_endpoints=("*",),
     allowed_toleration_keys=("*",),
+    allowed_labels=("team", "empty"),
     image_pull_secrets={"*": ("pull",)},
     proxy={"https_proxy": "http://u:p$(HOME)@proxy.example:3128"},
 )

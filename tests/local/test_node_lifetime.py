@@ -6,6 +6,8 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -99,6 +101,15 @@ def test_a_node_for_the_shell_stays_takes_images_and_ends_as_a_whole(node_progra
     assert watched.left() == []
 
 
+@pytest.fixture
+def own_runs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A folder for clusters that nobody else sweeps: other tests start some at the same time."""
+    with tempfile.TemporaryDirectory(prefix="own-") as folder:
+        monkeypatch.setattr(tempfile, "tempdir", folder)
+        yield
+
+
+@pytest.mark.usefixtures("own_runs")
 def test_what_a_killed_supervisor_leaves_is_swept_by_the_next_start(node_programs: Path) -> None:
     cluster = lc.start_node(name="k")
     watched = traces_of(cluster.state_dir)
