@@ -35,7 +35,7 @@ demo-down: $(STAMP)  ## Stop what `make demo KEEP=1` left running
 .PHONY: test
 test: programs  ## All tests, with a real Kubernetes and a real S3
 	@echo "==> all tests, in two processes (ARGS=-n0: in one, and in order)"
-	@$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder $(ARGS)
+	@$(BIN)/python -m pytest -n 2 --no-loadscope-reorder $(ARGS)
 
 .PHONY: test-scale
 test-scale: programs  ## Ten thousand files and 3 GiB on every store (`make test` gives the slow servers less)

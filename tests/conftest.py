@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,11 +22,17 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["AWS_EC2_METADATA_DISABLED"] = "true"
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist, which reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    def folder(item: pytest.Item) -> str:
-        return item.path.relative_to(_HERE).parts[0]
+    items.sort(key=lambda item: _ORDER.index(item.path.relative_to(_HERE).parts[0]))
 
-    items.sort(key=lambda item: _ORDER.index(folder(item)))
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(folder(item) if folder(item) in _SHARED else item.path.name))
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    # By a scheduler and not by marks: pytest-xdist 3.8 notes its groups in a way that pytest 9.2 does not hear of.
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFolder(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            path = Path(nodeid.partition("::")[0])
+            return path.parent.name if path.parent.name in _SHARED else path.name
+
+    return ByFolder(config, log)
