@@ -192,16 +192,16 @@ class JobExecutor:
     async def prepare(self, name: str, artifact: CheckpointArtifact, operation: Operation) -> Preparation:
         namespace = artifact.metadata.namespace
         wanted = holder.claim_names(artifact, operation)
-        claims = {claim: await self._gather.claim(namespace, claim) for claim in wanted}
+        claims = {claim: await self._gather.claim(artifact, claim) for claim in wanted}
         # Without its claim nothing starts, whoever the others are.
-        pods = await self._gather.holders(namespace) if wanted and None not in claims.values() else []
+        pods = await self._gather.holders(artifact) if wanted and None not in claims.values() else []
         account = bounds.service_account_name(artifact, self._rules)
-        service_account = await self._gather.service_account(namespace, account) if account else None
+        service_account = await self._gather.service_account(artifact, account) if account else None
         # What the namespace allows matters only to what would be refused without it: most starts need not ask.
         bare: JsonObject = {"metadata": {"name": namespace}}
         answer = holder.assess(artifact, operation, claims, pods, bare, service_account, self._rules)
         if isinstance(answer, Failure):
-            allowed = await self._gather.namespace(namespace)
+            allowed = await self._gather.namespace(artifact)
             answer = holder.assess(artifact, operation, claims, pods, allowed, service_account, self._rules)
         match answer:
             case Failure():

@@ -1,20 +1,25 @@
 """What is looked up before a mover starts: claims, who mounts them, ServiceAccount, namespace. Remembered for a moment.
 
 None of it is watched: most of it never matters to us. A hundred artifacts that start together, or that wait for one claim
-that is not there, share the answers of that moment.
+that is not there, share the answers of that moment. But nobody gets an answer that is older than itself: who creates an
+artifact may rely on its pod, its claim and its annotations being seen.
 """
 
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
+from datetime import datetime
 from typing import Generic, TypeVar
 
+from checkpoint_operator.api.artifact import CheckpointArtifact
 from checkpoint_operator.api.base import JsonObject
 from checkpoint_operator.controller.jobs.holder import GROUPS_MAX, TOLERATIONS_MAX
 from checkpoint_operator.controller.kube import Kube, NotFound
 
 MOMENT = 2.0
 """Seconds for which an answer is good. What changes within them would have changed between look and start as well."""
+_WHOLE_SECONDS = 1.0
+"""How much later than it says an object may have been created."""
 
 Key = TypeVar("Key")
 Answer = TypeVar("Answer")
@@ -27,13 +32,15 @@ class _Moment(Generic[Key, Answer]):
         self._ask = ask
         self._answers: dict[Key, tuple[float, asyncio.Future[Answer]]] = {}
 
-    async def get(self, key: Key) -> Answer:
-        now = time.monotonic()
-        self._answers = {key: kept for key, kept in self._answers.items() if kept[0] > now}
-        if kept := self._answers.get(key):
+    async def get(self, key: Key, created: datetime) -> Answer:
+        """``created``: since when there is somebody who wants to know."""
+        now = time.time()  # not monotonic: it is compared with what the API server says
+        self._answers = {key: kept for key, kept in self._answers.items() if abs(now - kept[0]) < MOMENT}
+        kept = self._answers.get(key)
+        if kept and kept[0] >= created.timestamp() + _WHOLE_SECONDS:
             return await asyncio.shield(kept[1])
         future = asyncio.ensure_future(self._ask(key))
-        self._answers[key] = now + MOMENT, future
+        self._answers[key] = now, future
         try:
             return await asyncio.shield(future)
         except Exception:
@@ -51,20 +58,20 @@ class Gatherer:
         self._holders: _Moment[str, list[JsonObject]] = _Moment(self._list_holders)
         self._namespaces: _Moment[str, JsonObject] = _Moment(kube.get_namespace)
 
-    async def claim(self, namespace: str, name: str) -> JsonObject | None:
-        """A PersistentVolumeClaim, or None where there is none."""
-        return await self._claims.get((namespace, name))
+    async def claim(self, artifact: CheckpointArtifact, name: str) -> JsonObject | None:
+        """A PersistentVolumeClaim of the artifact's namespace, or None where there is none."""
+        return await self._claims.get((artifact.metadata.namespace, name), artifact.metadata.creation_timestamp)
 
-    async def holders(self, namespace: str) -> list[JsonObject]:
-        """Every pod of a namespace that mounts any claim, dead or alive, without what nobody here reads."""
-        return await self._holders.get(namespace)
+    async def holders(self, artifact: CheckpointArtifact) -> list[JsonObject]:
+        """Every pod of its namespace that mounts any claim, dead or alive, without what nobody here reads."""
+        return await self._holders.get(artifact.metadata.namespace, artifact.metadata.creation_timestamp)
 
-    async def service_account(self, namespace: str, name: str) -> JsonObject | None:
-        """A ServiceAccount, or None where there is none."""
-        return await self._accounts.get((namespace, name))
+    async def service_account(self, artifact: CheckpointArtifact, name: str) -> JsonObject | None:
+        """A ServiceAccount of its namespace, or None where there is none."""
+        return await self._accounts.get((artifact.metadata.namespace, name), artifact.metadata.creation_timestamp)
 
-    async def namespace(self, name: str) -> JsonObject:
-        return await self._namespaces.get(name)
+    async def namespace(self, artifact: CheckpointArtifact) -> JsonObject:
+        return await self._namespaces.get(artifact.metadata.namespace, artifact.metadata.creation_timestamp)
 
     async def _read_claim(self, key: tuple[str, str]) -> JsonObject | None:
         try:
