@@ -57,7 +57,7 @@ def download(
 ) -> None:
     """Fetch every file of a manifest into ``destination``, which must not exist.
 
-    Memory: that of :mod:`checkpoint_operator.storage.ranges`, 32 MiB, and the manifest.
+    Memory: that of :mod:`checkpoint_operator.storage.ranges`, and the manifest.
 
     Raises:
         StorageError: DestinationExists; TargetBusy where another process downloads to the same place; UnsupportedName for a

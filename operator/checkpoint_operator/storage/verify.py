@@ -69,7 +69,7 @@ def verify(
 ) -> None:
     """Compare what lies at a place with its manifest, byte by byte. ``digest`` is that of the manifest as it was read.
 
-    Memory: that of :mod:`checkpoint_operator.storage.ranges`, 32 MiB; on top of it one line for each entry.
+    Memory: that of :mod:`checkpoint_operator.storage.ranges`; on top of it one line for each entry.
 
     Raises:
         StorageError: IntegrityMismatch with the first :data:`MAX_SHOWN` problems, and what ``fetch`` raises of the store.
