@@ -329,6 +329,12 @@ async def test_a_pod_that_is_overdue_has_its_artifact_looked_at_without_an_event
         ("https://minio.example", "http://minio.example:443", False),
         ("https://minio.example/a", "https://minio.example/b", False),
         ("https://minio.example", None, False),
+        ("https://s3.eu-central-1.amazonaws.com", None, True),
+        ("https://s3.amazonaws.com", "https://s3.dualstack.eu-central-1.amazonaws.com/", True),
+        ("https://storage.googleapis.com", None, True),
+        ("https://team.blob.core.windows.net", None, True),
+        ("https://amazonaws.com.example", None, False),
+        ("https://s3.cn-north-1.amazonaws.com.cn", None, True),
     ],
 )
 def test_a_place_is_the_same_however_its_endpoint_is_spelled(one: str, other: str | None, same: bool) -> None:

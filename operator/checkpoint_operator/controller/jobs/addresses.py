@@ -19,6 +19,7 @@ _INTERNAL_NAMES = (
     *("metadata", "metadata.google.internal", "metadata.goog", "instance-data"),
 )
 _INTERNAL_DOMAINS = (".localhost", ".metadata.google.internal", ".metadata.goog", ".ec2.internal")
+_CLOUDS = (".amazonaws.com", ".amazonaws.com.cn", ".googleapis.com", ".blob.core.windows.net")
 # Beside what `ipaddress` knows as link-local: the metadata services of Alibaba, of Azure's host, of Oracle, of EC2 (and EKS'
 # agent, who hands out pods' identities) and of GCE over IPv6.
 _METADATA = tuple(
@@ -60,6 +61,18 @@ def canonical(url: str) -> str:
         return url  # it will not be called
     host = f"[{address.host}]" if ":" in address.host else address.host
     return f"{address.scheme}://{host}:{address.port}{address.path}"
+
+
+def store_of(endpoint: str | None) -> str:
+    """A name for the store behind an endpoint, equal wherever two of them may be one: empty for the clouds' own.
+
+    A bucket of AWS or Google is the same bucket at each of their addresses, and with none. A container of Azure belongs to
+    an account, which may be named by a Secret that the operator does not read: so all accounts count as one here.
+    """
+    if endpoint is None:
+        return ""
+    address = parse(endpoint)
+    return "" if address and address.host.endswith(_CLOUDS) else canonical(endpoint)
 
 
 def why_internal(host: str) -> str | None:

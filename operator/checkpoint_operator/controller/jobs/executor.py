@@ -132,7 +132,7 @@ class JobExecutor:
         uri = target.uri.removesuffix("/")
         if target.persistent_volume_claim:
             return f"{artifact.metadata.namespace}/{target.persistent_volume_claim.claim_name}|{uri}"
-        return f"{addresses.canonical(target.endpoint) if target.endpoint else ''}|{uri}"
+        return f"{addresses.store_of(target.endpoint)}|{uri}"
 
     async def look(self, artifact: CheckpointArtifact) -> None:
         namespace, mover = artifact.metadata.namespace, artifact.status.mover
