@@ -1,7 +1,9 @@
 """Where a mover starts: ``python -m checkpoint_operator.mover``, the command ``mover`` in the image."""
 
 import gc
+import os
 import sys
+from typing import NoReturn
 
 from checkpoint_operator import __version__
 
@@ -28,7 +30,7 @@ def start() -> int:
             return ExitCode.CONFIGURATION
 
 
-def _run() -> int:
+def _run() -> NoReturn:
     # A mover starts once for each artifact, and nothing that an import makes is ever garbage: never look for it.
     gc.disable()
     # Azure's library imports aiohttp wherever it is installed, for clients that nothing here uses: a fifth of its start.
@@ -37,7 +39,11 @@ def _run() -> int:
 
     gc.freeze()
     gc.enable()
-    return main()
+    code = main()
+    # What was said is said and every thread has ended. Taking the interpreter apart takes longer than a small upload.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":

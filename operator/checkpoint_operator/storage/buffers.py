@@ -4,6 +4,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from checkpoint_operator.storage.turn import TURN
+
 _REUSED = 1 << 20
 """Larger buffers are kept for the next body: fresh memory costs the kernel a page fault for every 4 KiB."""
 
@@ -23,15 +25,24 @@ class Buffers:
     def take(self, size: int) -> memoryview:
         """A buffer of exactly this size, with anything in it; waits until the budget allows it."""
         with self._changed:
-            self._changed.wait_for(lambda: not self._lent or self._lent + size <= self._budget)
-            fitting = next((kept for kept in self._kept if len(kept) == size), None)
-            if fitting is not None:
-                self._kept.remove(fitting)
-            else:
-                while self._kept and self._lent + size + sum(map(len, self._kept)) > self._budget:
-                    self._kept.pop()
-                fitting = bytearray(size)
-            self._lent += size
+            if self._has_room(size):
+                return self._lend(size)
+        with TURN.let_go(), self._changed:
+            self._changed.wait_for(lambda: self._has_room(size))
+            return self._lend(size)
+
+    def _has_room(self, size: int) -> bool:
+        return not self._lent or self._lent + size <= self._budget
+
+    def _lend(self, size: int) -> memoryview:
+        fitting = next((kept for kept in self._kept if len(kept) == size), None)
+        if fitting is not None:
+            self._kept.remove(fitting)
+        else:
+            while self._kept and self._lent + size + sum(map(len, self._kept)) > self._budget:
+                self._kept.pop()
+            fitting = bytearray(size)
+        self._lent += size
         return memoryview(fitting)
 
     def give(self, buffer: memoryview) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from checkpoint_operator.storage.errors import Cancelled
+from checkpoint_operator.storage.turn import TURN
 
 
 @dataclass
@@ -30,5 +31,6 @@ class Pace:
             now = self.clock()
             begins = max(self._free, now)
             self._free = begins + size / self.bytes_per_second
-        if begins > now and self.cancelled.wait(begins - now):
-            raise Cancelled
+        with TURN.let_go():
+            if begins > now and self.cancelled.wait(begins - now):
+                raise Cancelled

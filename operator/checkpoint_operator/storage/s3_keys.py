@@ -30,6 +30,7 @@ class MountedKeys(Credentials):
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._reading = folder, threading.Lock()
+        self._files = [str(folder / name) for name in _NAMES]  # made once: they are looked at for each small file
         self._seen = self._look()
         super().__init__(*_read(folder), method="mounted")
 
@@ -48,14 +49,14 @@ class MountedKeys(Credentials):
             return super().get_frozen_credentials()
 
     def _look(self) -> _Look:
-        def look(name: str) -> tuple[int, int, int] | None:
+        def look(file: str) -> tuple[int, int, int] | None:
             try:
-                status = os.stat(self._folder / name)
+                status = os.stat(file)
             except OSError:
                 return None
             return status.st_ino, status.st_mtime_ns, status.st_size
 
-        return tuple(look(name) for name in _NAMES)
+        return tuple(look(file) for file in self._files)
 
 
 def _read(folder: Path) -> tuple[str, str, str | None]:

@@ -12,6 +12,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, cast
 
 from checkpoint_operator.storage.store import Buffer
+from checkpoint_operator.storage.turn import TURN
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -94,8 +95,9 @@ class TLSStream:
             self.close()
 
     def _receive(self) -> None:
-        self._flush()
-        count = self._socket.recv_into(self._received)
+        with TURN.let_go():
+            self._flush()
+            count = self._socket.recv_into(self._received)
         if count:
             self._incoming.write(self._received[:count])
         else:

@@ -11,10 +11,11 @@ largest file that S3 takes, 5 TiB, needs 525 MiB. On top of it about half a KiB 
 
 import hashlib
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from typing import TypeVar
@@ -29,6 +30,7 @@ from checkpoint_operator.storage.meter import Meter
 from checkpoint_operator.storage.parallel import first_cause, for_each
 from checkpoint_operator.storage.source import Listing, OpenFile, SourceFile, SourceTree
 from checkpoint_operator.storage.store import ObjectStore, Part, Piece, Stat, Upload, UploadLost, Written
+from checkpoint_operator.storage.turn import SMALL, TURN
 
 FILES_AT_ONCE = 6
 """Files that are read at the same time; small ones are sent by the thread that read them."""
@@ -69,6 +71,7 @@ class Transfer:
     _stop: threading.Event = field(default_factory=threading.Event)
     _senders: ThreadPoolExecutor = field(init=False)
     _buffers: Buffers = field(default_factory=lambda: Buffers(BUFFER_BUDGET))
+    _volume: "_Volume" = field(default_factory=lambda: _Volume())
 
     def put_all(self) -> Put:
         """Create every object that is not there.
@@ -115,13 +118,27 @@ class Transfer:
         if self.cancelled.is_set() or self._stop.is_set():
             raise Cancelled
 
+    def _turn(self, file: SourceFile) -> AbstractContextManager[None]:
+        return TURN.taken() if file.size < SMALL and not self._volume.is_slow else nullcontext()
+
+    def _open(self, file: SourceFile) -> OpenFile:
+        begun = time.monotonic()
+        source = self.tree.open(file)
+        self._volume.took(time.monotonic() - begun)
+        return source
+
+    def _stat(self, key: str) -> Stat | None:
+        with TURN.let_go():
+            return self.store.stat(key)
+
     def _settle(self, file: SourceFile) -> StoredFile | Found:
         """Bring one file into the store, or say what else is there."""
         key = self.prefix + file.path
-        with self.tree.open(file) as source:
-            if file.path in self.existing and (stat := self.store.stat(key)) is not None:
+        with self._turn(file), self._open(file) as source:
+            if file.path in self.existing and (stat := self._stat(key)) is not None:
                 for upload in self.unfinished.get(key, ()):  # of no use to anybody: the object is there
-                    self.store.abort_upload(upload.key, upload.id)
+                    with TURN.let_go():
+                        self.store.abort_upload(upload.key, upload.id)
                 return self._compare(source, stat, None)
             for _ in range(_TRIES):
                 sending = _Sending(self, source, key)
@@ -129,7 +146,7 @@ class Transfer:
                     written = sending.send_whole() if file.size <= sending.part_size else sending.send_parts()
                     if written is not None:
                         return self._confirmed(sending, written)
-                stat = self.store.stat(key)
+                stat = self._stat(key)
                 if stat is not None:
                     return self._compare(source, stat, sending.cut if sending.is_read else None)
             raise StorageError(
@@ -141,7 +158,7 @@ class Transfer:
         file, key = sending.source.file, sending.key
         expected, said = self.store.checksum(sending.cut.pieces), written.checksum
         if said is None or sending.adopted:
-            stat = self.store.stat(key)
+            stat = self._stat(key)
             said = stat.checksum if stat and stat.token == written.token else None
             if stat and sending.adopted and stat.owner != self.owner:
                 # Somebody else had begun the upload that we found: not a thing that our deletion would remove.
@@ -184,6 +201,23 @@ class Transfer:
         return cut.stored(file, None)
 
 
+class _Volume:
+    """Whether the volume lets its readers wait, as one on a network does: then small files are read side by side."""
+
+    _CALLS, _SLOW_SECONDS = 16, 0.5e-3
+
+    def __init__(self) -> None:
+        self.is_slow = False
+        self._calls, self._seconds = 0, 0.0
+
+    def took(self, seconds: float) -> None:
+        """What opening or reading one small file has taken."""
+        self._calls += 1
+        self._seconds += seconds
+        if self._calls >= self._CALLS and self._seconds > self._calls * self._SLOW_SECONDS:
+            self.is_slow = True
+
+
 class _Sending:
     """One attempt to create the object of one file."""
 
@@ -201,11 +235,15 @@ class _Sending:
         transfer, size = self._transfer, self.source.file.size
         transfer._check_cancelled()
         with self._buffers.lent(size) as body:
+            begun = time.monotonic()
             self.cut.read(self.source, 0, body)
+            if size < SMALL:
+                transfer._volume.took(time.monotonic() - begun)
             digest = self._store.digest(body)
             self.cut.pieces.append(Piece(size, digest))
             self._finish_reading()
-            written = self._store.put(self.key, body, digest, transfer.owner)
+            with TURN.let_go():
+                written = self._store.put(self.key, body, digest, transfer.owner)
         if written is not None:
             transfer.meter.add(size)
         return written

@@ -1,0 +1,66 @@
+"""One thread at a time computes for small files, so that Python's lock changes hands once a file, not a hundred times.
+
+Of small files there are thousands, and each costs most of a millisecond of Python between two dozen system calls. At each of
+those calls a thread lets go of the interpreter's lock and must get it back from five others that want it as well; that cost
+as much again as the work itself. Whoever has the turn goes on undisturbed to the point where it has to wait for the store.
+
+The interpreter has one lock, so the process has one turn. It protects nothing: code is right without it.
+"""
+
+import threading
+from contextlib import AbstractContextManager, nullcontext
+
+SMALL = 96 << 10
+"""Bytes of a body below which a turn is worth taking: above, the copies and hashes take longer than the handing over."""
+
+
+class Turn:
+    """Held by one thread while it computes (:meth:`taken`), and by none while it waits for others (:meth:`let_go`)."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._holder: int | None = None
+        self._taken, self._let_go, self._nothing = _Taken(self), _LetGo(self), nullcontext()
+
+    def taken(self) -> AbstractContextManager[None]:
+        """Wait for the turn and have it; nothing where this thread has it already."""
+        return self._nothing if self._holder == threading.get_ident() else self._taken
+
+    def let_go(self) -> AbstractContextManager[None]:
+        """For the time of a call that waits; nothing where this thread has no turn."""
+        return self._let_go if self._holder == threading.get_ident() else self._nothing
+
+    def take(self) -> None:
+        """Wait for the turn, which this thread has not."""
+        self._lock.acquire()
+        self._holder = threading.get_ident()
+
+    def give(self) -> None:
+        """Let another thread have it."""
+        self._holder = None
+        self._lock.release()
+
+
+class _Taken(AbstractContextManager[None]):
+    def __init__(self, turn: Turn) -> None:
+        self._turn = turn
+
+    def __enter__(self) -> None:
+        self._turn.take()
+
+    def __exit__(self, *_: object) -> None:
+        self._turn.give()
+
+
+class _LetGo(AbstractContextManager[None]):
+    def __init__(self, turn: Turn) -> None:
+        self._turn = turn
+
+    def __enter__(self) -> None:
+        self._turn.give()
+
+    def __exit__(self, *_: object) -> None:
+        self._turn.take()
+
+
+TURN = Turn()

@@ -1,0 +1,100 @@
+"""One thread computes at a time, and nobody keeps the turn while waiting."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+from checkpoint_operator.storage.buffers import Buffers
+from checkpoint_operator.storage.errors import Cancelled
+from checkpoint_operator.storage.pace import Pace
+from checkpoint_operator.storage.turn import TURN, Turn
+
+SECONDS = 10.0
+
+
+def test_one_thread_has_it_at_a_time() -> None:
+    turn, inside, most = Turn(), 0, 0
+
+    def work(_: int) -> None:
+        nonlocal inside, most
+        for _ in range(200):
+            with turn.taken():
+                inside += 1
+                most = max(most, inside)
+                inside -= 1
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
+    assert (most, inside) == (1, 0)
+
+
+def test_who_has_it_may_ask_again_and_lets_go_as_a_whole() -> None:
+    turn, had_it = Turn(), threading.Event()
+
+    def other() -> None:
+        with turn.taken():
+            had_it.set()
+
+    with turn.taken(), turn.taken():
+        thread = threading.Thread(target=other)
+        thread.start()
+        assert not had_it.wait(0.05)
+        with turn.let_go(), turn.let_go():
+            assert had_it.wait(SECONDS)
+    thread.join(SECONDS)
+    with turn.let_go():  # who has none lets nothing go
+        pass
+    with turn.taken():  # and it is free again
+        pass
+
+
+def test_it_is_free_again_after_a_failure() -> None:
+    turn = Turn()
+    try:
+        with turn.taken(), turn.let_go():
+            raise OSError
+    except OSError:
+        pass
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(lambda: turn.taken().__enter__()).result(SECONDS)
+    turn.give()
+
+
+def test_nobody_waits_for_memory_in_a_turn() -> None:
+    """Whoever holds the memory may need the turn to give it back."""
+    buffers, waits = Buffers(10), threading.Event()
+    first = buffers.take(8)
+
+    def second() -> None:
+        with TURN.taken():
+            waits.set()
+            with buffers.lent(4):
+                pass
+
+    thread = threading.Thread(target=second)
+    thread.start()
+    assert waits.wait(SECONDS)
+    with TURN.taken():
+        buffers.give(first)
+    thread.join(SECONDS)
+    assert not thread.is_alive()
+
+
+def test_nobody_is_slowed_down_in_a_turn() -> None:
+    pace, waits = Pace(1), threading.Event()
+    pace.spend(1000)
+
+    def slow() -> None:
+        with TURN.taken():
+            waits.set()
+            try:
+                pace.spend(1)
+            except Cancelled:
+                return
+
+    thread = threading.Thread(target=slow)
+    thread.start()
+    assert waits.wait(SECONDS)
+    with TURN.taken():
+        pace.cancelled.set()
+    thread.join(SECONDS)
+    assert not thread.is_alive()
