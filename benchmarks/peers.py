@@ -156,10 +156,20 @@ def boto3(job: Job) -> Command:
     return _script(Path(sys.executable), "boto3_client.py", job)
 
 
+def floor(job: Job) -> Command:
+    """No peer: what Python's own sockets, TLS and SHA-256 take for it. Unsigned, so for the sink alone."""
+    file = str(HERE / "clients" / "floor_download.py")
+    name, size = "file-00000.bin", str(1 << 30)
+    argv = [sys.executable, file, job.target.endpoint, str(job.target.ca), f"{job.bucket}/{job.prefix}/{name}", size]
+    return Command([*argv, str(job.folder / name)], job.environment)
+
+
+FLOOR = "floor"
 CLIENTS: dict[str, Callable[[Job], Command]] = {
     "ours": ours,
     "s5cmd": s5cmd,
     "rclone": rclone,
     "obstore": obstore,
     "boto3": boto3,
+    FLOOR: floor,
 }

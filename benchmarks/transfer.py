@@ -22,7 +22,7 @@ from pathlib import Path
 
 from bars import Bar
 from measure import Cost, RunFailed, measure
-from peers import BENCH_VENV, CLIENTS, Job
+from peers import BENCH_VENV, CLIENTS, FLOOR, Job
 from targets import TARGETS, Target
 
 from checkpoint_operator.api.names import MARKER_NAME
@@ -129,8 +129,7 @@ class Bench:
         with self._source(work, sparse=work.download and self.target.ca is not None) as source:
             if work.download:
                 self.target.make_bucket(bucket)
-                writer = "ours" if "ours" in clients else clients[0]
-                self._run(writer, Job(self.target, False, source, bucket, "shared", self.folder), work)
+                self._run("ours", Job(self.target, False, source, bucket, "shared", self.folder), work)
             for number in range(rounds):
                 turn = number % len(clients)
                 for client in clients[turn:] + clients[:turn]:
@@ -219,8 +218,12 @@ def measurements(arguments: argparse.Namespace, failures: list[str]) -> Iterator
 def measure_target(arguments: argparse.Namespace, bench: Bench) -> Iterator[list[Row]]:
     works = [] if arguments.memory_only else arguments.work or list(WORKS)
     for name in works:
+        has_floor = name == "download_1gib" and bench.target.ca is not None
+        clients = [client for client in arguments.client or CLIENTS if client != FLOOR or has_floor]
+        if not clients:
+            continue
         try:
-            yield bench.compare(name, WORKS[name], arguments.client or list(CLIENTS), arguments.rounds)
+            yield bench.compare(name, WORKS[name], clients, arguments.rounds)
         except RunFailed as error:
             bench.failures.append(f"{name} {bench.target.name}: nothing to download: {error}")
     if not (arguments.memory or arguments.memory_only) or bench.target.ca is None:
@@ -237,12 +240,14 @@ def bars(rows: list[Row]) -> Iterator[Bar]:
     for mine in (row for row in rows if row.client == "ours"):
         others = {row.client: row for row in rows if (row.work, row.target) == (mine.work, mine.target) and row != mine}
         title = f"{mine.work}, {mine.target}: "
-        s5cmd = others.get("s5cmd")
+        floor, s5cmd = others.pop(FLOOR, None), others.get("s5cmd")
         if mine.work.startswith("memory"):
             yield Bar(title + "peak RSS", mine.peak_rss_mb, "MB", 150)
         elif mine.work == "download_1gib" and others:
             best = min(others.values(), key=lambda row: row.median_s)
             yield Bar(f"{title}to the best, {best.client}", mine.median_s / best.median_s, "x", 1.25, 1.0)
+            if floor:
+                yield Bar(f"{title}Python's floor to the best", floor.median_s / best.median_s, "x")
         elif s5cmd and mine.work == "upload_5000x64k":
             yield Bar(title + "to s5cmd", mine.median_s / s5cmd.median_s, "x", 1.0, 0.6)
         elif s5cmd and mine.work == "upload_1gib" and mine.target == "tls-sink":
