@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-TIMEOUT = 900.0
+TIMEOUT = 300.0
 """Seconds after which a run is given up."""
 
 

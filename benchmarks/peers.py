@@ -118,6 +118,7 @@ def rclone(job: Job) -> Command:
         "FORCE_PATH_STYLE": "true",
         "NO_CHECK_BUCKET": "true",
         "DISABLE_CHECKSUM": "true",
+        "LIST_VERSION": "2",
         "CHUNK_SIZE": "16Mi",
         "UPLOAD_CONCURRENCY": "4",
     }

@@ -1,7 +1,10 @@
 """One thread computes at a time, and nobody keeps the turn while waiting."""
 
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+
+import pytest
 
 from checkpoint_operator.storage.buffers import Buffers
 from checkpoint_operator.storage.errors import Cancelled
@@ -27,6 +30,11 @@ def test_one_thread_has_it_at_a_time() -> None:
     assert (most, inside) == (1, 0)
 
 
+def in_a_thread(work: Callable[[], None]) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(work).result(SECONDS)
+
+
 def test_who_has_it_may_ask_again_and_lets_go_as_a_whole() -> None:
     turn, had_it = Turn(), threading.Event()
 
@@ -34,29 +42,38 @@ def test_who_has_it_may_ask_again_and_lets_go_as_a_whole() -> None:
         with turn.taken():
             had_it.set()
 
-    with turn.taken(), turn.taken():
-        thread = threading.Thread(target=other)
-        thread.start()
-        assert not had_it.wait(0.05)
-        with turn.let_go(), turn.let_go():
-            assert had_it.wait(SECONDS)
-    thread.join(SECONDS)
-    with turn.let_go():  # who has none lets nothing go
-        pass
-    with turn.taken():  # and it is free again
-        pass
+    def first() -> None:
+        with turn.taken(), turn.taken():
+            thread = threading.Thread(target=other)
+            thread.start()
+            assert not had_it.wait(0.05)
+            with turn.let_go(), turn.let_go():
+                assert had_it.wait(SECONDS)
+        thread.join(SECONDS)
+        with turn.let_go():  # who has none lets nothing go
+            pass
+        with turn.taken():  # and it is free again
+            pass
+
+    in_a_thread(first)
+
+
+def test_the_main_thread_takes_none_so_that_a_ctrl_c_cannot_leave_it_taken() -> None:
+    turn = Turn()
+    with turn.taken(), ThreadPoolExecutor(1) as pool:
+        pool.submit(lambda: turn.taken().__enter__()).result(SECONDS)
 
 
 def test_it_is_free_again_after_a_failure() -> None:
     turn = Turn()
-    try:
+
+    def fails() -> None:
         with turn.taken(), turn.let_go():
-            raise OSError
-    except OSError:
-        pass
-    with ThreadPoolExecutor(1) as pool:
-        pool.submit(lambda: turn.taken().__enter__()).result(SECONDS)
-    turn.give()
+            raise OSError("of this test")
+
+    with pytest.raises(OSError, match="of this test"):
+        in_a_thread(fails)
+    in_a_thread(lambda: turn.taken().__enter__())
 
 
 def test_nobody_waits_for_memory_in_a_turn() -> None:
@@ -70,11 +87,14 @@ def test_nobody_waits_for_memory_in_a_turn() -> None:
             with buffers.lent(4):
                 pass
 
+    def gives() -> None:
+        with TURN.taken():
+            buffers.give(first)
+
     thread = threading.Thread(target=second)
     thread.start()
     assert waits.wait(SECONDS)
-    with TURN.taken():
-        buffers.give(first)
+    in_a_thread(gives)
     thread.join(SECONDS)
     assert not thread.is_alive()
 
@@ -91,10 +111,13 @@ def test_nobody_is_slowed_down_in_a_turn() -> None:
             except Cancelled:
                 return
 
+    def cancels() -> None:
+        with TURN.taken():
+            pace.cancelled.set()
+
     thread = threading.Thread(target=slow)
     thread.start()
     assert waits.wait(SECONDS)
-    with TURN.taken():
-        pace.cancelled.set()
+    in_a_thread(cancels)
     thread.join(SECONDS)
     assert not thread.is_alive()

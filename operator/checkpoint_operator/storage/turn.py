@@ -23,8 +23,12 @@ class Turn:
         self._taken, self._let_go, self._nothing = _Taken(self), _LetGo(self), nullcontext()
 
     def taken(self) -> AbstractContextManager[None]:
-        """Wait for the turn and have it; nothing where this thread has it already."""
-        return self._nothing if self._holder == threading.get_ident() else self._taken
+        """Wait for the turn and have it; nothing where this thread has it already, and nothing for the main thread.
+
+        Into that one a Ctrl-C may break between any two lines, also between those that take a lock and that note it.
+        """
+        me = threading.get_ident()
+        return self._nothing if me in (self._holder, threading.main_thread().ident) else self._taken
 
     def let_go(self) -> AbstractContextManager[None]:
         """For the time of a call that waits; nothing where this thread has no turn."""
