@@ -130,24 +130,42 @@ def claim_on(namespace: Namespace, folder: Path, *, node: str, owner: int) -> st
 
 @dataclass(frozen=True)
 class Traces:
-    """Where a node can be seen on this machine while it runs, and after it if something is left."""
+    """Where a node can be seen on this machine while it runs, and after it if something is left.
+
+    Names of links, ranges and groups go to the next node as soon as they are free, which another process may start: what
+    bears one of them is this node's while its inode is the one that was seen.
+    """
 
     state_dir: Path
     link: str
     range: str
-    groups: tuple[Path, ...]
     processes: tuple[Identity, ...]
+    inodes: dict[Path, int]
 
     def left(self) -> list[str]:
         """What of it is still there."""
         routes = subprocess.run(["ip", "route"], capture_output=True, text=True, check=True).stdout
         mounts = Path("/proc/self/mounts").read_text()
+        link = link_path(self.link)
+        is_anothers = _inode(link) not in (None, self.inodes.get(link))
         return [
             *(f"process {item.pid}" for item in self.processes if item.alive()),
-            *(str(path) for path in (self.state_dir, Path("/sys/class/net") / self.link, *self.groups) if path.exists()),
-            *(line for line in routes.splitlines() if self.range in line or self.link in line),
+            *([str(self.state_dir)] if self.state_dir.exists() else []),
+            *(str(path) for path, inode in self.inodes.items() if _inode(path) == inode),
+            *(line for line in routes.splitlines() if not is_anothers and (self.range in line or self.link in line)),
             *(line for line in mounts.splitlines() if str(self.state_dir) in line),
         ]
+
+
+def link_path(name: str) -> Path:
+    return Path("/sys/class/net") / name
+
+
+def _inode(path: Path) -> int | None:
+    try:
+        return path.lstat().st_ino
+    except FileNotFoundError:
+        return None
 
 
 def traces_of(state_dir: Path | None) -> Traces:
@@ -159,12 +177,14 @@ def traces_of(state_dir: Path | None) -> Traces:
         by_kind.setdefault(kind, []).append(value)
     first = first_process(record["programs"]["namespaces"]["pid"])
     world = os.readlink(f"/proc/{first}/ns/pid")
+    link, groups = by_kind["link"][0], tuple(map(Path, by_kind["cgroup"]))
+    inodes = {path: inode for path in (link_path(link), *groups) if (inode := _inode(path)) is not None}
     return Traces(
         state_dir,
-        by_kind["link"][0],
+        link,
         by_kind["route"][0],
-        tuple(map(Path, by_kind["cgroup"])),
         (*identities(state_dir), *(Identity.of(pid) for pid in _pids() if _pid_namespace(pid) == world)),
+        inodes,
     )
 
 
