@@ -76,6 +76,21 @@ def test_it_is_free_again_after_a_failure() -> None:
     in_a_thread(lambda: turn.taken().__enter__())
 
 
+def assert_frees(waiter: Callable[[], None], waits: threading.Event, frees: Callable[[], object]) -> None:
+    """Another thread gets the turn while ``waiter`` waits, and ends its waiting."""
+
+    def other() -> None:
+        with TURN.taken():
+            frees()
+
+    thread = threading.Thread(target=waiter)
+    thread.start()
+    assert waits.wait(SECONDS)
+    in_a_thread(other)
+    thread.join(SECONDS)
+    assert not thread.is_alive()
+
+
 def test_nobody_waits_for_memory_in_a_turn() -> None:
     """Whoever holds the memory may need the turn to give it back."""
     buffers, waits = Buffers(10), threading.Event()
@@ -87,16 +102,7 @@ def test_nobody_waits_for_memory_in_a_turn() -> None:
             with buffers.lent(4):
                 pass
 
-    def gives() -> None:
-        with TURN.taken():
-            buffers.give(first)
-
-    thread = threading.Thread(target=second)
-    thread.start()
-    assert waits.wait(SECONDS)
-    in_a_thread(gives)
-    thread.join(SECONDS)
-    assert not thread.is_alive()
+    assert_frees(second, waits, lambda: buffers.give(first))
 
 
 def test_nobody_is_slowed_down_in_a_turn() -> None:
@@ -111,13 +117,4 @@ def test_nobody_is_slowed_down_in_a_turn() -> None:
             except Cancelled:
                 return
 
-    def cancels() -> None:
-        with TURN.taken():
-            pace.cancelled.set()
-
-    thread = threading.Thread(target=slow)
-    thread.start()
-    assert waits.wait(SECONDS)
-    in_a_thread(cancels)
-    thread.join(SECONDS)
-    assert not thread.is_alive()
+    assert_frees(slow, waits, pace.cancelled.set)

@@ -3,6 +3,7 @@
 import gc
 import os
 import sys
+from contextlib import suppress
 from typing import NoReturn
 
 from checkpoint_operator import __version__
@@ -41,8 +42,9 @@ def _run() -> NoReturn:
     gc.enable()
     code = main()
     # What was said is said and every thread has ended. Taking the interpreter apart takes longer than a small upload.
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with suppress(OSError):  # who listened may be gone, and the code says what it says
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(code)
 
 

@@ -124,7 +124,8 @@ class Transfer:
     def _open(self, file: SourceFile) -> OpenFile:
         begun = time.monotonic()
         source = self.tree.open(file)
-        self._volume.took(time.monotonic() - begun)
+        if file.size < SMALL:
+            self._volume.took(time.monotonic() - begun)
         return source
 
     def _stat(self, key: str) -> Stat | None:

@@ -8,6 +8,7 @@ The interpreter has one lock, so the process has one turn. It protects nothing: 
 """
 
 import threading
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 SMALL = 96 << 10
@@ -20,7 +21,11 @@ class Turn:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._holder: int | None = None
-        self._taken, self._let_go, self._nothing = _Taken(self), _LetGo(self), nullcontext()
+        self._taken, self._let_go, self._nothing = (
+            _Scope(self._take, self._give),
+            _Scope(self._give, self._take),
+            nullcontext(),
+        )
 
     def taken(self) -> AbstractContextManager[None]:
         """Wait for the turn and have it; nothing where this thread has it already, and nothing for the main thread.
@@ -34,37 +39,26 @@ class Turn:
         """For the time of a call that waits; nothing where this thread has no turn."""
         return self._let_go if self._holder == threading.get_ident() else self._nothing
 
-    def take(self) -> None:
-        """Wait for the turn, which this thread has not."""
+    def _take(self) -> None:
         self._lock.acquire()
         self._holder = threading.get_ident()
 
-    def give(self) -> None:
-        """Let another thread have it."""
+    def _give(self) -> None:
         self._holder = None
         self._lock.release()
 
 
-class _Taken(AbstractContextManager[None]):
-    def __init__(self, turn: Turn) -> None:
-        self._turn = turn
+class _Scope(AbstractContextManager[None]):
+    """A block between two calls; a generator would cost more than what it brackets, eight times for each file."""
+
+    def __init__(self, begin: Callable[[], None], end: Callable[[], None]) -> None:
+        self._begin, self._end = begin, end
 
     def __enter__(self) -> None:
-        self._turn.take()
+        self._begin()
 
     def __exit__(self, *_: object) -> None:
-        self._turn.give()
-
-
-class _LetGo(AbstractContextManager[None]):
-    def __init__(self, turn: Turn) -> None:
-        self._turn = turn
-
-    def __enter__(self) -> None:
-        self._turn.give()
-
-    def __exit__(self, *_: object) -> None:
-        self._turn.take()
+        self._end()
 
 
 TURN = Turn()

@@ -54,25 +54,22 @@ def parse(url: str) -> Address | None:
     return Address(match["scheme"], match["host"].lower().rstrip(".").strip("[]"), port, path)
 
 
-def canonical(url: str) -> str:
-    """One spelling for one endpoint: a port that is the scheme's own, a slash or a dot at an end, capitals mean nothing."""
-    address = parse(url)
-    if address is None:
-        return url  # it will not be called
-    host = f"[{address.host}]" if ":" in address.host else address.host
-    return f"{address.scheme}://{host}:{address.port}{address.path}"
-
-
 def store_of(endpoint: str | None) -> str:
     """A name for the store behind an endpoint, equal wherever two of them may be one: empty for the clouds' own.
 
+    A port that is the scheme's own, a slash or a dot at an end, capitals mean nothing.
     A bucket of AWS or Google is the same bucket at each of their addresses, and with none. A container of Azure belongs to
     an account, which may be named by a Secret that the operator does not read: so all accounts count as one here.
     """
     if endpoint is None:
         return ""
     address = parse(endpoint)
-    return "" if address and address.host.endswith(_CLOUDS) else canonical(endpoint)
+    if address is None:
+        return endpoint  # it will not be called
+    if address.host.endswith(_CLOUDS):
+        return ""
+    host = f"[{address.host}]" if ":" in address.host else address.host
+    return f"{address.scheme}://{host}:{address.port}{address.path}"
 
 
 def why_internal(host: str) -> str | None:
