@@ -18,6 +18,7 @@ from checkpoint_operator.api.protocol import TargetOptions
 from checkpoint_operator.api.uris import TargetURI
 from checkpoint_operator.storage.s3 import S3Store, open_s3
 from checkpoint_operator.storage.transfer import STREAMS
+from checkpoint_operator.storage.turn import TURN
 
 BUCKET = "checkpoints"
 
@@ -44,17 +45,18 @@ class S3World(ObjectWorld):
         store = open_s3(uri, self.options, STREAMS)
         for event, handler in self.hooks:
             store._client.meta.events.register(event, handler)
-        send = store._send
+        send = store._sending
 
         def counted(operation: str, key: str, *arguments: Any) -> Any:
             name = {"put": "PutObject", "put part": "UploadPart"}[operation]
             if PROBE_PREFIX not in key:
-                for action in self.before_body:
-                    action(name)
+                with TURN.let_go():  # what is done here may wait for another thread, or be another upload
+                    for action in self.before_body:
+                        action(name)
                 self.count(name)
             return send(operation, key, *arguments)
 
-        store._send = counted  # type: ignore[method-assign]
+        store._sending = counted  # type: ignore[method-assign]
         return store
 
     def _count(self, model: Any, params: dict[str, Any], **_: object) -> None:

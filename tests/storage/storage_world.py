@@ -30,6 +30,7 @@ from checkpoint_operator.storage.backend import OnProgress
 from checkpoint_operator.storage.objects import ObjectStoreBackend
 from checkpoint_operator.storage.source import Selection
 from checkpoint_operator.storage.store import ObjectStore
+from checkpoint_operator.storage.turn import TURN
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CHECKPOINT = REPOSITORY / "tests" / "checkpoints" / "dpo-lora" / "checkpoint-2"
@@ -52,7 +53,9 @@ class OnLook(threading.Event):
     def is_set(self) -> bool:
         with self._counting:
             self._looks += 1
-            if self._looks == self._look:
+            is_due = self._looks == self._look
+        if is_due:
+            with TURN.let_go():  # the action may wait for another thread, or be another upload
                 self._action()
         return super().is_set()
 
@@ -322,8 +325,9 @@ class _Watched:
         def watched(key: str, *arguments: Any, **named: Any) -> Any:
             is_data = not key.rpartition("/")[2].startswith((".metadata", ".probe-"))
             self._world.count(verb if is_data else f"{verb} marker")
-            for cue in self._world.cues:
-                cue(verb, key)
+            with TURN.let_go():  # a cue may wait for another thread, or be another upload
+                for cue in self._world.cues:
+                    cue(verb, key)
             return found(key, *arguments, **named)
 
         return watched

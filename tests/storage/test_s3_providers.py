@@ -20,7 +20,7 @@ from test_s3_store import outcome, start_mover
 from checkpoint_operator.api.errors import ExitCode, Reason
 from checkpoint_operator.api.metadata import ArtifactMetadata
 from checkpoint_operator.api.protocol import Layout, Stored
-from checkpoint_operator.storage import UploadRequest, s3_connect, s3_wire
+from checkpoint_operator.storage import UploadRequest, connector, s3_connect, s3_wire
 from checkpoint_operator.storage.errors import Cancelled
 from checkpoint_operator.storage.s3 import PART_SIZE
 from checkpoint_operator.storage.transfer import STREAMS
@@ -53,7 +53,7 @@ def old_store(server: S3World) -> Iterator[Proxy]:
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (s3_wire, s3_connect):
+    for module in (connector, s3_connect):
         monkeypatch.setattr(module, "STALL_SECONDS", 1.0)
 
 

@@ -14,7 +14,7 @@ from storage_world import MIB, make, tree
 
 import local_cluster as lc
 from checkpoint_operator.api.errors import Reason
-from checkpoint_operator.storage import StorageError, s3_wire
+from checkpoint_operator.storage import StorageError, connector
 
 # A certificate may be renewed on the other side without anybody doing something here, so that both are honest.
 NOT_TRUSTED = (Reason.STORE_UNAVAILABLE, Reason.REQUEST_REJECTED)
@@ -71,7 +71,7 @@ def test_the_sdks_own_variable_names_it_as_well(
 def test_an_upload_over_tls_gets_over_what_befalls_a_request(
     s3_world: S3World, source: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fault: Fault
 ) -> None:
-    monkeypatch.setattr(s3_wire, "STALL_SECONDS", 1.0)
+    monkeypatch.setattr(connector, "STALL_SECONDS", 1.0)
     files, server = make_certificates(tmp_path / "tls"), s3_world.server
     with proxy(server.endpoint, server.access_key, server.secret_key, tls=files) as between:
         s3_world.options = s3_world.options.replace(endpoint=between.endpoint, ca_bundle=str(files.ca))
@@ -87,7 +87,7 @@ def test_an_upload_over_tls_gets_over_what_befalls_a_request(
 def test_a_download_over_tls_gets_over_what_befalls_a_request(
     s3_world: S3World, source: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fault: Fault
 ) -> None:
-    monkeypatch.setattr(s3_wire, "STALL_SECONDS", 1.0)
+    monkeypatch.setattr(connector, "STALL_SECONDS", 1.0)
     files, server = make_certificates(tmp_path / "tls"), s3_world.server
     s3_world.upload(source)
     with proxy(server.endpoint, server.access_key, server.secret_key, tls=files) as between:

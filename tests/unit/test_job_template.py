@@ -481,7 +481,7 @@ def test_whatever_a_valid_artifact_says_its_job_keeps_to_the_invariants(
     assert writable == {"/tmp", *(["/target"] if file else [])}
     # Every word of the user's arrives in the plan as it is, and only there.
     known = {"CHECKPOINT_PLAN", "CHECKPOINT_TERMINATION_MESSAGE", "HOME", "TMPDIR", "PYTHONUNBUFFERED"}
-    known |= {"PYDANTIC_DISABLE_PLUGINS", "AWS_EC2_METADATA_DISABLED", "NO_GCE_CHECK", "AZURE_TOKEN_CREDENTIALS"}
+    known |= {"AWS_EC2_METADATA_DISABLED", "NO_GCE_CHECK", "AZURE_TOKEN_CREDENTIALS"}
     assert set(variables_of(rendered)) <= known
     plan = plan_of(rendered)
     assert plan.metadata.tags == tags

@@ -5,17 +5,19 @@ from __future__ import annotations
 import logging
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, suppress
+from types import MappingProxyType
 
 import pytest
 from botocore.credentials import Credentials
 
 from checkpoint_operator.storage import s3_wire
 from checkpoint_operator.storage.buffers import Buffers
+from checkpoint_operator.storage.connector import WireError
 from checkpoint_operator.storage.gate import Gate
 from checkpoint_operator.storage.s3_errors import error_of
-from checkpoint_operator.storage.s3_wire import Answer, TooLarge, Wire, WireError
+from checkpoint_operator.storage.s3_wire import Answer, TooLarge, Wire
 
 Turn = Callable[[socket.socket], object]
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nwhole"[:-1]
@@ -84,6 +86,11 @@ def says(answer: bytes, *, hang_up: bool = False) -> Turn:
     return turn
 
 
+def put(wire: Wire, headers: Mapping[str, str] = MappingProxyType({}), body: bytes = b"body") -> Answer:
+    with wire.putting("x", "", headers, body) as answer:
+        return answer()
+
+
 def test_a_body_that_ends_early_is_asked_for_again(server: Server, wire: Wire) -> None:
     server.turns = [says(OK[:-2], hang_up=True), says(OK)]
     assert bytes(wire.get("x", {}, 4).body) == b"whol"
@@ -120,7 +127,7 @@ def test_what_the_store_says_last_is_what_is_told(server: Server, wire: Wire) ->
     slow = b"<Error><Code>SlowDown</Code><Message>later</Message></Error>"
     answer = b"HTTP/1.1 503 Slow\r\nContent-Length: %d\r\n\r\n" % len(slow) + slow
     server.turns = [says(answer)] * s3_wire.ATTEMPTS
-    said = wire.put("x", "", {}, b"body")
+    said = put(wire)
     assert (said.status, server.requests) == (503, s3_wire.ATTEMPTS)
     assert "SlowDown" in str(error_of(said, "PutObject"))
     assert wire.gate.limit == 1
@@ -129,7 +136,7 @@ def test_what_the_store_says_last_is_what_is_told(server: Server, wire: Wire) ->
 def test_a_body_that_stalled_on_its_way_is_sent_again(server: Server, wire: Wire) -> None:
     late = b"<Error><Code>RequestTimeout</Code></Error>"
     server.turns = [says(b"HTTP/1.1 400 Bad\r\nContent-Length: %d\r\n\r\n" % len(late) + late), says(OK)]
-    assert wire.put("x", "", {}, b"body").status == 200
+    assert put(wire).status == 200
 
 
 def test_nobody_answers(server: Server, wire: Wire) -> None:
@@ -141,7 +148,7 @@ def test_nobody_answers(server: Server, wire: Wire) -> None:
 @pytest.mark.parametrize("value", ["a\r\nHost: evil", "a\rb", "a\nb", "a\0b"])
 def test_a_header_with_a_control_character_is_never_sent(server: Server, wire: Wire, value: str) -> None:
     with pytest.raises(WireError, match="control character"):
-        wire.put("x", "", {"x-amz-meta-artifact-uid": value}, b"")
+        put(wire, {"x-amz-meta-artifact-uid": value}, b"")
     assert server.requests == 0
 
 

@@ -34,6 +34,8 @@ def start() -> int:
 def _run() -> NoReturn:
     # A mover starts once for each artifact, and nothing that an import makes is ever garbage: never look for it.
     gc.disable()
+    # A plugin of pydantic is looked for in the metadata of every package that is installed.
+    os.environ["PYDANTIC_DISABLE_PLUGINS"] = "__all__"
     # Azure's library imports aiohttp wherever it is installed, for clients that nothing here uses: a fifth of its start.
     sys.modules["aiohttp"] = None  # type: ignore[assignment]  # the documented way to say that there is none
     from checkpoint_operator.mover.main import main

@@ -9,6 +9,7 @@ import base64
 import io
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from azure.core import MatchConditions
@@ -208,7 +209,11 @@ class AzureStore:
     def checksum(self, pieces: Sequence[Piece]) -> str:
         return azure_blocks.checksum(pieces)
 
-    def put(self, key: str, body: Buffer, digest: bytes, owner: str) -> Written | None:
+    @contextmanager
+    def put(self, key: str, body: Buffer, digest: bytes, owner: str) -> Iterator[Callable[[], Written | None]]:
+        yield lambda: self._put(key, body, digest, owner)
+
+    def _put(self, key: str, body: Buffer, digest: bytes, owner: str) -> Written | None:
         if self._is_taken(key):
             return None
 

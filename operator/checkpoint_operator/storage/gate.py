@@ -1,36 +1,61 @@
-"""How many requests one store gets at once: fewer when it says that they are too many, slowly more when it is calm again."""
+"""From how many threads one store gets requests at once: fewer when it says that they are too many, slowly more again."""
 
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+from checkpoint_operator.storage.turn import TURN
 
 SLOW_DOWN = frozenset({429, 503})
 """The statuses by which a store says so, whatever its protocol: TooManyRequests, SlowDown, ServerBusy, backendError."""
 
 
 class Gate:
-    """How many requests may be under way at once: halved when the store says SlowDown, one more after each calm round."""
+    """How many threads may have requests under way: half as many when the store says SlowDown, one more after each calm
+    round.
+
+    A thread that is inside may enter again without waiting, and leaves as often: it has sent several small bodies before it
+    reads the first answer, and others could be waiting for what it holds.
+    """
 
     def __init__(self, limit: int) -> None:
         self._most = self._limit = limit
-        self._running = self._calm = 0
+        self._calm = 0
+        self._inside: dict[int, int] = {}
         self._changed = threading.Condition()
 
     @property
     def limit(self) -> int:
         return self._limit
 
+    def enter(self) -> None:
+        """Wait until this thread may send a request; whoever waits lets go of the turn."""
+        me = threading.get_ident()
+        with self._changed:
+            if me in self._inside or len(self._inside) < self._limit:
+                self._inside[me] = self._inside.get(me, 0) + 1
+                return
+        with TURN.let_go(), self._changed:
+            self._changed.wait_for(lambda: len(self._inside) < self._limit)
+            self._inside[me] = 1
+
+    def leave(self) -> None:
+        """The answer to one request is there, or nobody waits for it any more."""
+        me = threading.get_ident()
+        with self._changed:
+            self._inside[me] -= 1
+            if not self._inside[me]:
+                del self._inside[me]
+                self._changed.notify()
+
     @contextmanager
     def passed(self) -> Iterator[None]:
-        with self._changed:
-            self._changed.wait_for(lambda: self._running < self._limit)
-            self._running += 1
+        """For the time of one request."""
+        self.enter()
         try:
             yield
         finally:
-            with self._changed:
-                self._running -= 1
-                self._changed.notify()
+            self.leave()
 
     def answered(self, status: int) -> None:
         """What the store said to one request."""

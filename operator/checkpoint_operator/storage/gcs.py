@@ -12,7 +12,7 @@ Memory: one body for each caller; nothing is copied, nothing else grows with the
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import reduce
 from typing import TypeVar
 
@@ -182,7 +182,11 @@ class GCSStore:
 
         return gcs_crc32c.encode(reduce(join, pieces, 0))
 
-    def put(self, key: str, body: Buffer, digest: bytes, owner: str) -> Written | None:
+    @contextmanager
+    def put(self, key: str, body: Buffer, digest: bytes, owner: str) -> Iterator[Callable[[], Written | None]]:
+        yield lambda: self._put(key, body, digest, owner)
+
+    def _put(self, key: str, body: Buffer, digest: bytes, owner: str) -> Written | None:
         if self._is_taken(key):
             return None
         try:

@@ -5,7 +5,8 @@ Control requests are botocore's client's; bodies go over :mod:`checkpoint_operat
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
@@ -15,11 +16,12 @@ from checkpoint_operator.api.errors import Reason
 from checkpoint_operator.api.protocol import TargetOptions
 from checkpoint_operator.api.uris import TargetURI
 from checkpoint_operator.storage import marker
+from checkpoint_operator.storage.connector import WireError
 from checkpoint_operator.storage.errors import StorageError
 from checkpoint_operator.storage.s3_checksums import CRC64, MD5, Checksums
 from checkpoint_operator.storage.s3_connect import Connection, connect
 from checkpoint_operator.storage.s3_errors import classify, code_of, error_of, status_of
-from checkpoint_operator.storage.s3_wire import Answer, TooLarge, WireError
+from checkpoint_operator.storage.s3_wire import Answer, TooLarge
 from checkpoint_operator.storage.store import (
     Arrived,
     Buffer,
@@ -212,16 +214,21 @@ class S3Store:
     def checksum(self, pieces: Sequence[Piece]) -> str:
         return self._checksums.whole(pieces)
 
-    def put(self, key: str, body: Buffer, digest: bytes, owner: str) -> Written | None:
+    @contextmanager
+    def put(self, key: str, body: Buffer, digest: bytes, owner: str) -> Iterator[Callable[[], Written | None]]:
         if self._is_taken(key):
-            return None
+            yield lambda: None
+            return
         headers = {**self._checksums.headers(digest), f"x-amz-meta-{OWNER}": owner}
         if self._conditional:
             headers["If-None-Match"] = "*"
         for parameter, header in _EXTRA_HEADERS.items():
             if parameter in self._extra:
                 headers[header] = self._extra[parameter]
-        answer = self._send("put", key, "", headers, body)
+        with self._sending("put", key, "", headers, body) as answer:
+            yield lambda: self._written(key, answer())
+
+    def _written(self, key: str, answer: Answer) -> Written | None:
         if answer.status == 200:
             return Written(answer.headers["ETag"], self._checksums.said_in(answer.headers))
         error = error_of(answer, "PutObject")
@@ -239,7 +246,8 @@ class S3Store:
 
     def put_part(self, key: str, upload_id: str, number: int, body: Buffer, digest: bytes) -> str:
         query = f"?partNumber={number}&uploadId={quote(upload_id, safe='-_.~')}"
-        answer = self._send("put part", key, query, self._checksums.headers(digest), body)
+        with self._sending("put part", key, query, self._checksums.headers(digest), body) as wait:
+            answer = wait()
         if answer.status == 200:
             return answer.headers["ETag"]
         error = error_of(answer, "UploadPart")
@@ -335,9 +343,14 @@ class S3Store:
         self._checksums = MD5
         return self.create(key, b"1")
 
-    def _send(self, operation: str, key: str, query: str, headers: dict[str, str], body: Buffer) -> Answer:
+    @contextmanager
+    def _sending(
+        self, operation: str, key: str, query: str, headers: dict[str, str], body: Buffer
+    ) -> Iterator[Callable[[], Answer]]:
+        """With a body on its way; what waits for the answer."""
         try:
-            return self._connection.wire.put(key, query, headers, body)
+            with self._connection.wire.putting(key, query, headers, body) as answer:
+                yield answer
         except _FAILURES as error:
             raise self._refused(error, operation, key) from error
 

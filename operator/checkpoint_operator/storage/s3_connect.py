@@ -16,11 +16,13 @@ from checkpoint_operator.api.errors import Reason
 from checkpoint_operator.api.protocol import TargetOptions
 from checkpoint_operator.api.uris import TargetURI
 from checkpoint_operator.storage import listing
+from checkpoint_operator.storage.connector import CONNECT_SECONDS, STALL_SECONDS
 from checkpoint_operator.storage.errors import StorageError
 from checkpoint_operator.storage.s3_keys import MountedKeys
-from checkpoint_operator.storage.s3_wire import CONNECT_SECONDS, STALL_SECONDS, Wire
+from checkpoint_operator.storage.s3_wire import Wire
 
 if TYPE_CHECKING:
+    from botocore.loaders import Loader
     from botocore.session import Session
     from mypy_boto3_s3.client import S3Client
 
@@ -102,6 +104,7 @@ class Connection:
         options = self.options
         try:
             self._session = session = botocore.session.get_session()
+            session.register_component("data_loader", _loader(session))
             # Nobody reads the times in a listing, and parsing them takes longer than all the rest of it.
             session.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=str)
             if self._keys:
@@ -142,6 +145,17 @@ def connect(uri: TargetURI, options: TargetOptions, streams: int) -> Connection:
         StorageError: CredentialsMissing, before any request, where only a profile may be used and it holds no keys.
     """
     return Connection(uri.bucket, options, _find_keys(options), streams)
+
+
+def _loader(session: "Session") -> "Loader":
+    """botocore's own, which would look into the folder of each of four hundred services before it opens that of S3."""
+    from botocore.loaders import create_loader
+
+    loader = create_loader(session.get_config_variable("data_path"))
+    folders = [path for path in map(Path, loader.search_paths) if path.is_dir()]
+    names = sorted({entry.name for folder in folders for entry in os.scandir(folder)})
+    loader.list_available_services = lambda type_name: names  # type: ignore[method-assign]
+    return loader
 
 
 def _find_keys(options: TargetOptions) -> MountedKeys | None:

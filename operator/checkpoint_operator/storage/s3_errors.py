@@ -11,7 +11,8 @@ from botocore.exceptions import (
 )
 
 from checkpoint_operator.api.errors import Reason
-from checkpoint_operator.storage.s3_wire import Answer, WireError, said
+from checkpoint_operator.storage.connector import WireError
+from checkpoint_operator.storage.s3_wire import Answer, said
 
 # https://docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html; what is missing here is judged by its status.
 _REASONS: dict[str, Reason] = {

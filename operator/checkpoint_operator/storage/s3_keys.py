@@ -6,6 +6,7 @@ files below the mover, so what is signed is signed with the keys that lie there 
 
 import os
 import threading
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -18,6 +19,8 @@ _ID, _SECRET, _TOKEN = _NAMES = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "
 
 _Look = tuple[tuple[int, int, int] | None, ...]
 """Of each file its inode, its time and its size; None where it is not there."""
+_EDITED_SECONDS = 1.0
+"""How long a file that is written to in its place may go unseen; one that is swapped, as Kubernetes does it, is seen now."""
 
 
 class MountedKeys(Credentials):
@@ -30,7 +33,8 @@ class MountedKeys(Credentials):
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._reading = folder, threading.Lock()
-        self._files = [str(folder / name) for name in _NAMES]  # made once: they are looked at for each small file
+        self._files = [str(folder / name) for name in _NAMES]
+        self._glance = self._now()
         self._seen = self._look()
         super().__init__(*_read(folder), method="mounted")
 
@@ -40,13 +44,30 @@ class MountedKeys(Credentials):
 
     def get_frozen_credentials(self) -> ReadOnlyCredentials:
         with self._reading:
-            if (now := self._look()) != self._seen:
-                with suppress(StorageError):
-                    keys = _read(self._folder)
-                    if self._look() == now:  # else the files are being swapped: half of them could be of the old Secret
-                        self.access_key, self.secret_key, self.token = keys
-                        self._seen = now
+            # For each small file there is a request, so mostly one look at the folder has to do.
+            if (glance := self._now()) is None or glance != self._glance:
+                self._glance = glance if self._read_again() else None
             return super().get_frozen_credentials()
+
+    def _read_again(self) -> bool:
+        """Take the keys that lie there, where they are others; False where they could not be taken, or not yet."""
+        if (now := self._look()) == self._seen:
+            return True
+        with suppress(StorageError):
+            keys = _read(self._folder)
+            if self._look() == now:  # else the files are being swapped: half of them could be of the old Secret
+                self.access_key, self.secret_key, self.token = keys
+                self._seen = now
+                return True
+        return False
+
+    def _now(self) -> tuple[int, int, int] | None:
+        """What changes where a file of the folder, or the folder itself, is swapped for another, and with each second."""
+        try:
+            status = os.stat(self._folder)
+        except OSError:
+            return None
+        return status.st_ino, status.st_mtime_ns, int(time.monotonic() / _EDITED_SECONDS)
 
     def _look(self) -> _Look:
         def look(file: str) -> tuple[int, int, int] | None:

@@ -4,43 +4,39 @@ Everything else that is said to S3 goes through botocore's client. A part throug
 millisecond of Python; here it is one ``send`` loop over a buffer that nobody copies. Signing is botocore's, HTTP is the
 standard library's, the policy of retries is urllib3's.
 
-Each request has a deadline without progress (:data:`STALL_SECONDS`): a connection on which nothing moves for so long is
-dropped and the request made again on another. 503 SlowDown halves how many requests are under way at once.
+Each request has a deadline without progress (``STALL_SECONDS`` of :mod:`checkpoint_operator.storage.connector`): a
+connection on which nothing moves for so long is dropped and the request made again on another. 503 SlowDown halves from how
+many threads requests are under way.
 """
 
 import hashlib
-import hmac
 import http.client
-import logging
-import socket
 import ssl
 import time
 import weakref
 import xml.etree.ElementTree as ET
 from collections import deque
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
-from dataclasses import dataclass, field
-from functools import lru_cache
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
-from urllib.parse import quote, unquote, urlsplit
-from urllib.request import getproxies, proxy_bypass
+from urllib.parse import quote, urlsplit
 
-from botocore.auth import EMPTY_SHA256_HASH, SIGNED_HEADERS_BLACKLIST, UNSIGNED_PAYLOAD, S3SigV4Auth
+from botocore.auth import EMPTY_SHA256_HASH, UNSIGNED_PAYLOAD
 from urllib3.exceptions import MaxRetryError
-from urllib3.util import Retry, make_headers
+from urllib3.util import Retry
 from urllib3.util.wait import wait_for_read
 
+from checkpoint_operator.storage.connector import Connector, WireError
 from checkpoint_operator.storage.gate import SLOW_DOWN, Gate
+from checkpoint_operator.storage.s3_signer import sign
 from checkpoint_operator.storage.store import PIECE, Arrived, Buffer
-from checkpoint_operator.storage.tls import TLSStream
+from checkpoint_operator.storage.streams import Stream
 from checkpoint_operator.storage.turn import SMALL, TURN
 
 if TYPE_CHECKING:
     from botocore.credentials import Credentials
 
-CONNECT_SECONDS = 10.0
-STALL_SECONDS = 30.0
 ATTEMPTS = 6
 _SLICE = 1 << 20
 """Bytes that are given to the socket at once: a timeout counts for one of them, not for the whole body."""
@@ -52,10 +48,6 @@ _AGAIN = frozenset({408, 429, 500, 502, 503, 504})
 _Read = Callable[[http.client.HTTPResponse], Buffer]
 _Idle = tuple[float, http.client.HTTPConnection]
 """(when it was put back, the connection)"""
-
-
-class WireError(Exception):
-    """No answer after all attempts; the message says what happened to the last one."""
 
 
 class TooLarge(WireError):
@@ -89,7 +81,7 @@ class Wire:
         url = urlsplit(self._base)
         if (url.scheme == "https") != (tls is not None):
             raise ValueError(f"TLS goes with https, not with {url.scheme}")
-        self._connect = _Connector(url.scheme, url.hostname or "", url.port, tls)
+        self._connect = Connector(url.scheme, url.hostname or "", url.port, tls)
         self._credentials, self._region = credentials, region
         self._has_tls = tls is not None
         self._idle: deque[_Idle] = deque()
@@ -97,17 +89,30 @@ class Wire:
         # As urllib3's pools do: whoever lets go of the wire need not close it.
         weakref.finalize(self, _close_all, self._idle)
 
-    def put(self, key: str, query: str, headers: Mapping[str, str], body: Buffer) -> Answer:
-        """PUT one body. Raises :class:`WireError`."""
+    @contextmanager
+    def putting(self, key: str, query: str, headers: Mapping[str, str], body: Buffer) -> Iterator[Callable[[], Answer]]:
+        """PUT one body: on its way when the block begins; what the block is given waits for the answer, and may be called
+        once. It raises :class:`WireError`. A block that ends without that gives the request up, whatever became of it."""
         # On TLS the body is protected twice already, by the connection and by its checksum; so botocore has it as well.
         payload = UNSIGNED_PAYLOAD if self._has_tls else hashlib.sha256(body).hexdigest()
         headers = {**headers, "Content-Length": str(len(body))}
-        return self._request("PUT", key, query, headers, payload, body, len(body), lambda answer: _read(answer, _SLICE))
+        call = self._call("PUT", key, query, headers, payload, body, len(body), lambda answer: _read(answer, _SLICE))
+        begun: list[_Sent] = []
+        # Trouble is told when the answer is asked for, after all attempts.
+        with _turn(call), suppress(OSError, http.client.HTTPException):
+            begun.append(self._begin(call))
+        try:
+            yield lambda: self._finish(call, begun.pop() if begun else None)
+        finally:
+            for sent in begun:
+                sent.give_up()
 
     def get(self, key: str, headers: Mapping[str, str], length: int) -> Answer:
         """GET at most ``length`` bytes of an object. Raises :class:`WireError`, :class:`TooLarge` where there are more."""
-        return self._request(
-            "GET", key, "", headers, EMPTY_SHA256_HASH, b"", length, lambda answer: _read(answer, max(length, _SLICE))
+        return self._finish(
+            self._call(
+                "GET", key, "", headers, EMPTY_SHA256_HASH, b"", length, lambda answer: _read(answer, max(length, _SLICE))
+            )
         )
 
     def get_into(self, key: str, headers: Mapping[str, str], into: memoryview, arrived: Arrived) -> Answer:
@@ -130,9 +135,9 @@ class Wire:
             response.close()
             return into
 
-        return self._request("GET", key, "", headers, EMPTY_SHA256_HASH, b"", len(into), read)
+        return self._finish(self._call("GET", key, "", headers, EMPTY_SHA256_HASH, b"", len(into), read))
 
-    def _request(
+    def _call(
         self,
         method: str,
         key: str,
@@ -142,59 +147,54 @@ class Wire:
         body: Buffer,
         size: int,
         read: "_Read",
-    ) -> Answer:
-        """``size``: bytes of the body, whichever way it goes."""
-        url = f"{self._base}/{quote(key, safe='/-_.~')}{query}"
-        retry: Retry | None = None
-        while True:
-            answer, failed = None, Exception()
-            try:
-                with self.gate.passed():
-                    answer = self._once(_Request(method, url, dict(headers), {"payload": payload}), body, size, read)
-            except (OSError, http.client.HTTPException) as error:
-                failed = error
-                _close_all(self._idle)  # whatever happened to this connection may have happened to all of them
-            if answer is not None:
-                if not _may_pass(answer):
-                    self.gate.went_well()
-                    return answer
-                if answer.status in SLOW_DOWN:
-                    self.gate.slow_down()
-            try:
-                retry = (retry or Retry(ATTEMPTS - 1, backoff_factor=0.25, backoff_jitter=0.5, backoff_max=20)).increment(
-                    method, url, error=failed
-                )
-            except MaxRetryError:
-                if answer is not None:
-                    return answer  # the store's own words say more than we could
-                raise WireError(f"{type(failed).__name__}: {failed}, {ATTEMPTS} times") from failed
-            time.sleep(retry.get_backoff_time())
+    ) -> "_Call":
+        return _Call(method, f"{self._base}/{quote(key, safe='/-_.~')}{query}", headers, payload, body, size, read)
 
-    def _once(self, request: "_Request", body: Buffer, size: int, read: "_Read") -> Answer:
-        signer = _Signer(self._credentials.get_frozen_credentials(), "s3", self._region)
-        connection = self._take()
-        # Nobody waits in a turn: a small body on TLS goes into memory, and to the socket when its answer is read, for which
-        # the stream lets go. A plain socket does not.
-        with TURN.taken() if self._has_tls and size < SMALL else nullcontext():
-            try:
-                request.headers["host"] = self._connect.host
-                signer.add_auth(request)  # type: ignore[arg-type]  # as much of one as it looks at
-                response = self._send(connection, request, body)
-            except BaseException:
+    def _finish(self, call: "_Call", sent: "_Sent | None" = None) -> Answer:
+        """Make a request until it has an answer, or there were enough attempts; ``sent`` is the first, where it was made."""
+        retry: Retry | None = None
+        with _turn(call):
+            while True:
+                answer, failed = None, Exception()
+                try:
+                    sent = sent or self._begin(call)
+                    answer = sent.answer()
+                except (OSError, http.client.HTTPException) as error:
+                    failed = error
+                    _close_all(self._idle)  # whatever happened to this connection may have happened to all of them
+                if answer is not None:
+                    if not _may_pass(answer):
+                        self.gate.went_well()
+                        return answer
+                    if answer.status in SLOW_DOWN:
+                        self.gate.slow_down()
+                try:
+                    retry = (
+                        retry or Retry(ATTEMPTS - 1, backoff_factor=0.25, backoff_jitter=0.5, backoff_max=20)
+                    ).increment(call.method, call.url, error=failed)
+                except MaxRetryError:
+                    if answer is not None:
+                        return answer  # the store's own words say more than we could
+                    raise WireError(f"{type(failed).__name__}: {failed}, {ATTEMPTS} times") from failed
+                sent = None
+                with TURN.let_go():
+                    time.sleep(retry.get_backoff_time())
+
+    def _begin(self, call: "_Call") -> "_Sent":
+        """Send a request, as soon as the gate lets it pass."""
+        self.gate.enter()
+        connection = None
+        try:
+            headers = {**call.headers, "host": self._connect.host}
+            headers = sign(self._credentials, self._region, call.method, call.url, headers, call.payload)
+            connection = self._take()
+            response = self._send(connection, call, headers)
+        except BaseException:
+            if connection:
                 connection.close()
-                raise
-            try:
-                response.begin()
-                content = read(response)
-            except BaseException:
-                response.close()
-                connection.close()
-                raise
-            if response.will_close:
-                connection.close()
-            else:
-                self._idle.append((time.monotonic(), connection))
-            return Answer(response.status, cast(Mapping[str, str], response.headers), content)
+            self.gate.leave()
+            raise
+        return _Sent(call.read, connection, response, self._idle, self.gate)
 
     def _take(self) -> http.client.HTTPConnection:
         """A connection; not one that the other side has closed, or on which it has said what nobody asked for."""
@@ -202,139 +202,85 @@ class Wire:
             try:
                 since, connection = self._idle.pop()
             except IndexError:
-                return self._connect.open()
+                with TURN.let_go():
+                    return self._connect.open()
             if time.monotonic() - since < _FRESH_SECONDS or not wait_for_read(connection.sock, timeout=0):
                 return connection
             connection.close()
 
-    def _send(self, connection: http.client.HTTPConnection, request: "_Request", body: Buffer) -> http.client.HTTPResponse:
-        lines = [f"{request.method} {self._connect.target(request.url)} HTTP/1.1"]
-        lines += [f"{name}: {value}" for name, value in {**request.headers, **self._connect.headers}.items()]
+    def _send(
+        self, connection: http.client.HTTPConnection, call: "_Call", headers: Mapping[str, str]
+    ) -> http.client.HTTPResponse:
+        lines = [f"{call.method} {self._connect.target(call.url)} HTTP/1.1"]
+        lines += [f"{name}: {value}" for name, value in {**headers, **self._connect.headers}.items()]
         head = "\r\n".join(lines)
         if not head.replace("\r\n", "").isprintable() or head.count("\n") != len(lines) - 1:
             raise WireError("a header has a control character in it")
         sock = connection.sock
         try:
             sock.sendall(head.encode("latin-1", "strict") + b"\r\n\r\n")
-            view = memoryview(body)
+            view = memoryview(call.body)
             # Slice by slice: the timeout of a plain socket's sendall is for all that it is given, however fast it goes.
             for start in range(0, len(view), _SLICE):
                 sock.sendall(view[start : start + _SLICE])
+            cast(Stream, sock).flush()
         except (BrokenPipeError, ConnectionResetError):
             # A store that refuses early closes while we still send; what it said is in the socket's buffer.
-            if not body:
+            if not call.body:
                 raise
-        return http.client.HTTPResponse(sock, method=request.method)
+        return http.client.HTTPResponse(sock, method=call.method)
 
 
-@dataclass
-class _Request:
-    """As much of botocore's AWSRequest as its signer looks at; the original takes longer to make than to sign."""
+@dataclass(frozen=True)
+class _Call:
+    """What is asked for, in as many attempts as it takes. ``size``: bytes of the body, whichever way it goes."""
 
     method: str
     url: str
-    headers: dict[str, str]
-    context: dict[str, str]
-    params: dict[str, str] = field(default_factory=dict)
-    data: bytes = b""
+    headers: Mapping[str, str]
+    payload: str
+    body: Buffer
+    size: int
+    read: _Read
 
 
-class _NotInDetail(logging.Filter):
-    """botocore logs canonical requests and headers at DEBUG, with the session token in clear."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return record.levelno > logging.DEBUG
+def _turn(call: _Call) -> AbstractContextManager[None]:
+    return TURN.taken() if call.size < SMALL else nullcontext()
 
 
-for _name in ("botocore.auth", "botocore.endpoint"):
-    logging.getLogger(_name).addFilter(_NotInDetail())
+class _Sent:
+    """One request that was sent on a connection of its own; it is inside the gate until its answer was read."""
 
+    def __init__(
+        self,
+        read: _Read,
+        connection: http.client.HTTPConnection,
+        response: http.client.HTTPResponse,
+        idle: deque[_Idle],
+        gate: Gate,
+    ) -> None:
+        self._read, self._connection, self._response, self._idle, self._gate = read, connection, response, idle, gate
 
-class _Signer(S3SigV4Auth):
-    """botocore's signature, over a payload hash that the caller has decided on."""
-
-    def payload(self, request: _Request) -> str:  # type: ignore[override]
-        return request.context["payload"]
-
-    # The original builds a mail's header, and searches it as one; half of the time that a signature takes.
-    def headers_to_sign(self, request: _Request) -> "_ToSign":  # type: ignore[override]
-        lower = ((name.lower(), value) for name, value in request.headers.items())
-        return _ToSign((name, value) for name, value in lower if name not in SIGNED_HEADERS_BLACKLIST)
-
-    def _sign(self, key: bytes, msg: str, hex: bool = False) -> str | bytes:
-        # The keys of a day, a region and a service are the same for each request of it.
-        return hmac.new(key, msg.encode(), hashlib.sha256).hexdigest() if hex else _derived_key(key, msg)
-
-
-class _ToSign(dict[str, str]):
-    """As much of a mail's header as botocore's signer looks at."""
-
-    def get_all(self, name: str) -> list[str]:
-        return [self[name]]
-
-
-@lru_cache(maxsize=16)
-def _derived_key(key: bytes, text: str) -> bytes:
-    return hmac.digest(key, text.encode(), "sha256")
-
-
-class _Connector:
-    """Opens connections to one host, through the proxy of the environment where there is one."""
-
-    def __init__(self, scheme: str, host: str, port: int | None, tls: ssl.SSLContext | None) -> None:
-        usual = 443 if scheme == "https" else 80
-        self._host, self._port, self._tls = host, port or usual, tls
-        self.host = f"[{host}]" if ":" in host else host
-        if self._port != usual:
-            self.host += f":{self._port}"
-        proxy = None if proxy_bypass(host) else getproxies().get(scheme)
-        self._proxy = urlsplit(proxy if "://" in proxy else f"http://{proxy}") if proxy else None
-        if self._proxy and self._proxy.scheme != "http":
-            raise WireError(f"a proxy is spoken to in http://, not in {self._proxy.scheme}://")
-        self._proxy_headers: dict[str, str] = {}
-        if self._proxy and self._proxy.username:
-            self._proxy_headers = make_headers(
-                proxy_basic_auth=f"{unquote(self._proxy.username)}:{unquote(self._proxy.password or '')}"
-            )
-
-    @property
-    def headers(self) -> dict[str, str]:
-        """What the proxy is told with each request; through a tunnel only the tunnel itself is asked for."""
-        return {} if self._tls else self._proxy_headers
-
-    def target(self, url: str) -> str:
-        """What stands in the request line."""
-        if self._proxy and not self._tls:
-            return url
-        return "/" + url.split("/", 3)[3]
-
-    def open(self) -> http.client.HTTPConnection:
-        at = (self._proxy.hostname or "", self._proxy.port or 80) if self._proxy else (self._host, self._port)
-        connection = _TLSConnection(*at, self._tls, self._host) if self._tls else http.client.HTTPConnection(*at)
-        connection.timeout = CONNECT_SECONDS
-        if self._proxy and self._tls:
-            connection.set_tunnel(self._host, self._port, self._proxy_headers)
+    def answer(self) -> Answer:
+        """Wait for it, and make the connection free for another one. Raises OSError, HTTPException."""
+        response = self._response
         try:
-            connection.connect()
+            response.begin()
+            content = self._read(response)
         except BaseException:
-            connection.close()
+            self.give_up()
             raise
-        if not self._tls:
-            connection.sock.settimeout(STALL_SECONDS)
-        return connection
+        if response.will_close:
+            self._connection.close()
+        else:
+            self._idle.append((time.monotonic(), self._connection))
+        self._gate.leave()
+        return Answer(response.status, cast(Mapping[str, str], response.headers), content)
 
-
-class _TLSConnection(http.client.HTTPConnection):
-    default_port = http.client.HTTPS_PORT
-
-    def __init__(self, host: str, port: int, tls: ssl.SSLContext, name: str) -> None:
-        super().__init__(host, port)
-        self._tls, self._name = tls, name
-
-    def connect(self) -> None:
-        super().connect()
-        self.sock.settimeout(STALL_SECONDS)
-        self.sock = cast(socket.socket, TLSStream(self.sock, self._tls, self._name))
+    def give_up(self) -> None:
+        self._response.close()
+        self._connection.close()
+        self._gate.leave()
 
 
 def _close_all(idle: deque[_Idle]) -> None:

@@ -297,11 +297,12 @@ class SourceTree:
         """
         parent, _, name = file.path.rpartition("/")
         try:
-            directory = open_below(self._descriptor, parent)
+            directory = open_below(self._descriptor, parent) if parent else self._descriptor
             try:
                 descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
             finally:
-                os.close(directory)
+                if parent:
+                    os.close(directory)
         except PermissionError as error:
             raise self._unreadable(file) from error
         except OSError as error:

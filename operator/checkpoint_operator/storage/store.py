@@ -9,6 +9,7 @@ the answer back with the body; the store sends it along, so that the other side 
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -125,8 +126,13 @@ class ObjectStore(Protocol):
     def checksum(self, pieces: Sequence[Piece]) -> str:
         """What :attr:`Stat.checksum` of an object written in these pieces must be."""
 
-    def put(self, key: str, body: Buffer, digest: bytes, owner: str) -> Written | None:
-        """Create an object in one request; the store refuses a body that does not have this digest."""
+    def put(self, key: str, body: Buffer, digest: bytes, owner: str) -> AbstractContextManager[Callable[[], Written | None]]:
+        """Create an object in one request; the store refuses a body that does not have this digest.
+
+        In the block the request may be on its way already, and the body has to stay as it is; what the block is given is
+        called once, waits for the answer, and raises what there is to raise. So one thread can send several bodies before
+        it reads the first answer. A block that ends without the call gives the request up, whatever became of it.
+        """
 
     def start_upload(self, key: str, owner: str) -> str:
         """Begin an object in several pieces; the upload's id."""

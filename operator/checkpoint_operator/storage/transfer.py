@@ -13,9 +13,9 @@ import hashlib
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from typing import TypeVar
@@ -33,14 +33,17 @@ from checkpoint_operator.storage.store import ObjectStore, Part, Piece, Stat, Up
 from checkpoint_operator.storage.turn import SMALL, TURN
 
 FILES_AT_ONCE = 6
-"""Files that are read at the same time; small ones are sent by the thread that read them."""
+"""Files that are read at the same time; those of one part are sent by the thread that read them."""
+BATCH = 8
+"""Small files whose requests one thread has under way at the same time."""
 STREAMS = 8
-"""Requests with a body that are under way at the same time."""
+"""Threads that have requests with a body under way at the same time."""
 BUFFER_BUDGET = 48 << 20
 _HASHED_AT_ONCE = 1 << 20
 """Read and hash in bites that stay in the CPU's cache."""
 _TRIES = 3
 
+Item = TypeVar("Item")
 Outcome = TypeVar("Outcome")
 
 # What a loader opens first. It comes last, so that a loader that meets half a folder fails instead of loading half.
@@ -84,7 +87,7 @@ class Transfer:
         settled: list[StoredFile | Found] = []
         with ThreadPoolExecutor(self.streams, thread_name_prefix="send") as self._senders:
             for wave in _waves(self.listing.files):
-                settled += self._parallel(self._settle, wave)
+                settled += self._parallel(self._settle_batch, _batches(wave, self.files_at_once))
         self.meter.stage(Stage.VERIFYING)
         mismatched = tuple(one for one in settled if isinstance(one, Found))
         return Put(self._table(one for one in settled if isinstance(one, StoredFile)), mismatched)
@@ -92,7 +95,7 @@ class Transfer:
     def hash_all(self) -> FileTable:
         """Read the whole source without storing it, to compare it with what another artifact has stored."""
         self.meter.start(Stage.VERIFYING, len(self.listing.files), self.listing.size)
-        return self._table(self._parallel(self._hash_only, self.listing.files))
+        return self._table(self._parallel(lambda file: [self._hash_only(file)], self.listing.files))
 
     def _table(self, files: Iterable[StoredFile]) -> FileTable:
         return FileTable(
@@ -101,14 +104,14 @@ class Transfer:
             empty_directories=list(self.listing.empty_directories),
         )
 
-    def _parallel(self, work: Callable[[SourceFile], Outcome], files: Sequence[SourceFile]) -> list[Outcome]:
+    def _parallel(self, work: Callable[[Item], Iterable[Outcome]], items: Sequence[Item]) -> list[Outcome]:
         """The outcomes in any order; the first failure stops the others at their next part."""
         self._stop.clear()
         outcomes: list[Outcome] = []
         for_each(
-            lambda file: outcomes.append(work(file)),
-            files,
-            workers=max(1, min(self.files_at_once, len(files))),
+            lambda item: outcomes.extend(work(item)),
+            items,
+            workers=max(1, min(self.files_at_once, len(items))),
             name="read",
             on_stop=self._stop.set,
         )
@@ -118,8 +121,20 @@ class Transfer:
         if self.cancelled.is_set() or self._stop.is_set():
             raise Cancelled
 
-    def _turn(self, file: SourceFile) -> AbstractContextManager[None]:
-        return TURN.taken() if file.size < SMALL and not self._volume.is_slow else nullcontext()
+    def _settle_batch(self, files: Sequence[SourceFile]) -> Iterable[StoredFile | Found]:
+        """One large file, or several small ones: each of these is on its way before the first answer is waited for."""
+        if len(files) == 1 and files[0].size >= SMALL:
+            return [outcome for outcome in self._settle(files[0], None) if outcome is not None]
+        with self._buffers.lent(BATCH * SMALL) as room, nullcontext() if self._volume.is_slow else TURN.taken():
+            steps = [
+                self._settle(file, room[number * SMALL : number * SMALL + file.size]) for number, file in enumerate(files)
+            ]
+            with ExitStack() as stack:
+                for step in steps:
+                    stack.callback(step.close)
+                begun = [next(step) for step in steps]
+                ended = [outcome for step in steps for outcome in step]
+                return [outcome for outcome in (*begun, *ended) if outcome is not None]
 
     def _open(self, file: SourceFile) -> OpenFile:
         begun = time.monotonic()
@@ -132,24 +147,31 @@ class Transfer:
         with TURN.let_go():
             return self.store.stat(key)
 
-    def _settle(self, file: SourceFile) -> StoredFile | Found:
-        """Bring one file into the store, or say what else is there."""
+    def _settle(self, file: SourceFile, room: memoryview | None) -> Generator[StoredFile | Found | None]:
+        """Bring one file into the store, or say what else is there: the last that is yielded. None is yielded where there
+        is nothing to do but to wait for the store. ``room``: where its bytes go, else the budget is asked for some."""
         key = self.prefix + file.path
-        with self._turn(file), self._open(file) as source:
+        with self._open(file) as source:
             if file.path in self.existing and (stat := self._stat(key)) is not None:
                 for upload in self.unfinished.get(key, ()):  # of no use to anybody: the object is there
                     with TURN.let_go():
                         self.store.abort_upload(upload.key, upload.id)
-                return self._compare(source, stat, None)
+                yield self._compare(source, stat, None, room)
+                return
             for _ in range(_TRIES):
                 sending = _Sending(self, source, key)
                 with suppress(UploadLost):
-                    written = sending.send_whole() if file.size <= sending.part_size else sending.send_parts()
+                    if file.size <= sending.part_size:
+                        written = yield from sending.send_whole(room)
+                    else:
+                        written = sending.send_parts()
                     if written is not None:
-                        return self._confirmed(sending, written)
+                        yield self._confirmed(sending, written)
+                        return
                 stat = self._stat(key)
                 if stat is not None:
-                    return self._compare(source, stat, sending.cut if sending.is_read else None)
+                    yield self._compare(source, stat, sending.cut if sending.is_read else None, room)
+                    return
             raise StorageError(
                 Reason.STORE_UNAVAILABLE, f"the store gave up {_TRIES} uploads of '{file.path}'", path=file.path
             )
@@ -173,23 +195,23 @@ class Transfer:
         self.meter.add(0, files=1)
         return sending.cut.stored(file, written.token)
 
-    def _compare(self, source: OpenFile, stat: Stat, cut: "Cut | None") -> StoredFile | Found:
+    def _compare(self, source: OpenFile, stat: Stat, cut: "Cut | None", room: memoryview | None) -> StoredFile | Found:
         """Whether an object that is there already is this file."""
         file = source.file
         found = Found(file.path, stat.size, stat.token, stat.owner)
         if stat.size != file.size:
             return found
-        cut = cut or self._hash(source)
+        cut = cut or self._hash(source, room)
         if stat.checksum != self.store.checksum(cut.pieces):
             return found
         self.meter.add(file.size, files=1)
         return cut.stored(file, stat.token)
 
-    def _hash(self, source: OpenFile) -> "Cut":
+    def _hash(self, source: OpenFile, room: memoryview | None = None) -> "Cut":
         cut = Cut(source.file.size, self.store.part_size(source.file.size))
         for offset, length in cut.ranges:
             self._check_cancelled()
-            with self._buffers.lent(length) as body:
+            with self._buffers.lent(length) if room is None else nullcontext(room) as body:
                 cut.read(source, offset, body)
                 cut.pieces.append(Piece(length, self.store.digest(body)))
         source.check_unchanged()
@@ -231,11 +253,11 @@ class _Sending:
         self._transfer, self._store, self._buffers = transfer, transfer.store, transfer._buffers
         self._broken = threading.Event()
 
-    def send_whole(self) -> Written | None:
+    def send_whole(self, room: memoryview | None) -> Generator[None, None, Written | None]:
         """A small file in one request, by the thread that read it; None where the key exists by now."""
         transfer, size = self._transfer, self.source.file.size
         transfer._check_cancelled()
-        with self._buffers.lent(size) as body:
+        with self._buffers.lent(size) if room is None else nullcontext(room) as body:
             begun = time.monotonic()
             self.cut.read(self.source, 0, body)
             if size < SMALL:
@@ -243,8 +265,9 @@ class _Sending:
             digest = self._store.digest(body)
             self.cut.pieces.append(Piece(size, digest))
             self._finish_reading()
-            with TURN.let_go():
-                written = self._store.put(self.key, body, digest, transfer.owner)
+            with self._store.put(self.key, body, digest, transfer.owner) as answer:
+                yield
+                written = answer()
         if written is not None:
             transfer.meter.add(size)
         return written
@@ -378,3 +401,19 @@ def _waves(files: Iterable[SourceFile]) -> tuple[list[SourceFile], list[SourceFi
         name = file.path.rpartition("/")[2]
         (last if any(fnmatch(name, pattern) for pattern in _LAST) else first).append(file)
     return first, last
+
+
+def _batches(files: Iterable[SourceFile], workers: int) -> list[list[SourceFile]]:
+    """In their order; neighbours that are small by the handful, as long as there is a handful for each of the workers."""
+    files = list(files)
+    most = max(1, min(BATCH, sum(file.size < SMALL for file in files) // workers))
+    batches: list[list[SourceFile]] = []
+    room = 0
+    for file in files:
+        if file.size < SMALL and room:
+            batches[-1].append(file)
+            room -= 1
+        else:
+            batches.append([file])
+            room = most - 1 if file.size < SMALL else 0
+    return batches

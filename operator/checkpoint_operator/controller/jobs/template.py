@@ -232,7 +232,6 @@ def _environment(artifact: CheckpointArtifact, rules: JobRules, plan: str) -> di
         "HOME": "/nonexistent",
         "TMPDIR": "/tmp",  # noqa: S108  (an emptyDir of this pod alone)
         "PYTHONUNBUFFERED": "1",
-        "PYDANTIC_DISABLE_PLUGINS": "__all__",
         "AWS_EC2_METADATA_DISABLED": "false" if always else "true",
         "NO_GCE_CHECK": "false" if google else "true",
         **({"AZURE_TOKEN_CREDENTIALS": "prod"} if always else {}),
