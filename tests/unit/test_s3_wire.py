@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing, suppress
 from types import MappingProxyType
 
 import pytest
@@ -29,11 +31,14 @@ class Server:
     def __init__(self) -> None:
         self.turns: list[Turn] = []
         self.requests = 0
-        self._open: socket.socket | None = None
+        self.extra = bytearray()
+        """What came of a body with its headers."""
+        self._open: list[socket.socket] = []
+        self._counting = threading.Lock()
         self._listening = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._listening.getsockname()[1]}/bucket"
-        self._thread = threading.Thread(target=self._accept, daemon=True)
-        self._thread.start()
+        self._threads = [threading.Thread(target=self._accept, daemon=True)]
+        self._threads[0].start()
 
     def _accept(self) -> None:
         while True:
@@ -41,10 +46,14 @@ class Server:
                 connection, _ = self._listening.accept()
             except OSError:
                 return
-            self._open = connection
-            with connection:
-                while self._one(connection):
-                    pass
+            self._open.append(connection)
+            self._threads.append(threading.Thread(target=self._serve, args=(connection,), daemon=True))
+            self._threads[-1].start()
+
+    def _serve(self, connection: socket.socket) -> None:
+        with connection, suppress(OSError):
+            while self._one(connection):
+                pass
 
     def _one(self, connection: socket.socket) -> bool:
         head = b""
@@ -53,16 +62,21 @@ class Server:
             if not got:
                 return False
             head += got
-        self.requests += 1
-        return self.turns.pop(0)(connection) is not False
+        with self._counting:
+            self.requests += 1
+            turn = self.turns.pop(0)
+            self.extra += head.partition(b"\r\n\r\n")[2]
+        return turn(connection) is not False
 
     def close(self) -> None:
-        self._listening.shutdown(socket.SHUT_RDWR)
+        with suppress(OSError):  # a test may have closed it
+            self._listening.shutdown(socket.SHUT_RDWR)
         self._listening.close()
-        if self._open:
+        for connection in self._open:
             with suppress(OSError):
-                self._open.shutdown(socket.SHUT_RDWR)
-        self._thread.join(timeout=10)
+                connection.shutdown(socket.SHUT_RDWR)
+        for thread in self._threads:
+            thread.join(timeout=10)
 
 
 @pytest.fixture
@@ -160,6 +174,71 @@ def test_the_session_token_is_in_no_log(server: Server, wire: Wire, caplog: pyte
     assert "secret" not in caplog.text
 
 
+def test_one_thread_has_several_bodies_on_their_way_before_it_reads_an_answer(server: Server, wire: Wire) -> None:
+    """The server says nothing before it has all of them, and the gate lets one thread in once."""
+    all_there = threading.Barrier(6, timeout=10)
+
+    def turn(connection: socket.socket) -> None:
+        all_there.wait()
+        connection.sendall(OK)
+
+    wire.gate = Gate(1)
+    server.turns = [turn] * 6
+    with ExitStack() as stack:
+        answers = [stack.enter_context(wire.putting(f"{number}", "", {}, b"body")) for number in range(6)]
+        assert [answer().status for answer in answers] == [200] * 6
+    server.turns = [says(OK)]
+    assert put(wire).status == 200
+    assert server.requests == 7
+
+
+def test_a_request_that_is_given_up_frees_its_place_and_its_connection_is_not_used_again(server: Server, wire: Wire) -> None:
+    arrived, over = threading.Event(), threading.Event()
+
+    def late(connection: socket.socket) -> None:
+        arrived.set()
+        over.wait(10)
+        with suppress(OSError):
+            connection.sendall(b"HTTP/1.1 500 Late\r\nContent-Length: 0\r\n\r\n")
+
+    wire.gate = Gate(1)
+    server.turns = [late, says(OK)]
+    with wire.putting("x", "", {}, b"body"):
+        assert arrived.wait(10)
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(put, wire).result(timeout=10).status == 200
+    over.set()
+
+
+def test_what_fails_on_its_way_is_sent_again_when_its_answer_is_asked_for(server: Server, wire: Wire) -> None:
+    server.turns = [lambda _: False, lambda _: False, says(OK), says(OK)]
+    with wire.putting("x", "", {}, b"body") as first, wire.putting("y", "", {}, b"body") as second:
+        assert (first().status, second().status) == (200, 200)
+    assert server.requests == 4
+
+
+def test_a_store_that_is_not_there_is_told_of_when_the_answer_is_asked_for(server: Server, wire: Wire) -> None:
+    server.close()
+    with wire.putting("x", "", {}, b"body") as answer, pytest.raises(WireError, match="refused"):
+        answer()
+
+
+def test_a_body_of_any_size_arrives_as_it_was(server: Server, wire: Wire) -> None:
+    sizes = [0, 1, 100, 130 << 10, (1 << 20) + 7, 5 << 20]
+    for size in sizes:
+        body, got = os.urandom(size), bytearray()
+
+        def swallow(connection: socket.socket, size: int = size, got: bytearray = got) -> None:
+            while len(got) < size:
+                got += connection.recv(1 << 16)
+            connection.sendall(OK)
+
+        server.turns = [swallow]
+        server.extra = got
+        assert put(wire, body=body).status == 200
+        assert bytes(got) == body
+
+
 def test_https_without_tls_is_refused() -> None:
     with pytest.raises(ValueError, match="https"):
         Wire("HTTPS://127.0.0.1:1/bucket", Credentials("key", "secret"), "us-east-1", None, limit=1)
@@ -180,6 +259,24 @@ def test_slow_stores_get_half_of_the_requests_and_calm_ones_more_again() -> None
     for _ in range(8):
         gate.went_well()
     assert gate.limit == 3
+
+
+def test_a_thread_that_is_inside_the_gate_passes_again_and_others_wait_until_it_has_left_for_good() -> None:
+    gate, inside = Gate(1), threading.Event()
+
+    def other() -> None:
+        with gate.passed():
+            inside.set()
+
+    gate.enter()
+    gate.enter()
+    waiting = threading.Thread(target=other)
+    waiting.start()
+    gate.leave()
+    assert not inside.wait(timeout=0.05)
+    gate.leave()
+    waiting.join(timeout=10)
+    assert inside.is_set()
 
 
 def test_buffers_stay_within_their_budget_and_one_that_is_too_large_comes_alone() -> None:
