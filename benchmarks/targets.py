@@ -1,4 +1,4 @@
-"""The two places that the clients move bytes to: a null S3 over TLS, so that the client is measured, and a real S3."""
+"""The places that the clients move bytes to: a null S3 over TLS, near or far, so that the client is measured; a real S3."""
 
 import hashlib
 import os
@@ -59,16 +59,16 @@ class Target:
 
 
 @contextmanager
-def tls_sink() -> Iterator[Target]:
+def tls_sink(name: str = "tls-sink", *settings: str) -> Iterator[Target]:
     program = build_sink()
     with tempfile.TemporaryDirectory() as folder:
         ca = Path(folder) / "ca.pem"
-        sink = subprocess.Popen([program, "-ca", ca], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        sink = subprocess.Popen([program, "-ca", ca, *settings], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         assert sink.stdin is not None
         assert sink.stdout is not None
         try:
             endpoint = sink.stdout.readline().strip()
-            yield Target("tls-sink", endpoint, "nobody", "checks-this", ca)
+            yield Target(name, endpoint, "nobody", "checks-this", ca)
         finally:
             sink.stdin.close()
             sink.wait()
@@ -80,7 +80,13 @@ def seaweedfs() -> Iterator[Target]:
         yield Target("seaweedfs", store.endpoint, store.access_key, store.secret_key)
 
 
-TARGETS: dict[str, Callable[[], AbstractContextManager[Target]]] = {"tls-sink": tls_sink, "seaweedfs": seaweedfs}
+TARGETS: dict[str, Callable[[], AbstractContextManager[Target]]] = {
+    "tls-sink": tls_sink,
+    "seaweedfs": seaweedfs,
+    "far-sink": lambda: tls_sink("far-sink", "-delay", "20ms"),
+}
+USUAL = ("tls-sink", "seaweedfs")
+"""Measured unless others are asked for. The far one shows what waiting costs: a cloud's answer to a request takes 20 ms."""
 
 
 def build_sink() -> Path:

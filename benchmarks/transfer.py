@@ -23,7 +23,7 @@ from pathlib import Path
 from bars import Bar
 from measure import Cost, RunFailed, measure
 from peers import BENCH_VENV, CLIENTS, FLOOR, Job
-from targets import TARGETS, Target
+from targets import TARGETS, USUAL, Target
 
 from checkpoint_operator.api.names import MARKER_NAME
 
@@ -204,7 +204,7 @@ def make_room(parent: Path) -> Path:
 
 
 def measurements(arguments: argparse.Namespace, failures: list[str]) -> Iterator[list[Row]]:
-    for name in arguments.target or TARGETS:
+    for name in arguments.target or USUAL:
         folder = make_room(arguments.folder)
         try:
             with TARGETS[name]() as target:
@@ -271,7 +271,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--work", choices=WORKS, action="append", help="default: all of them")
-    parser.add_argument("--target", choices=TARGETS, action="append", help="default: all of them")
+    parser.add_argument("--target", choices=TARGETS, action="append", help=f"default: {' and '.join(USUAL)}")
     parser.add_argument("--client", choices=CLIENTS, action="append", help="default: all of them")
     parser.add_argument("--memory", action="store_true", help="also the mover's peak memory, against tls-sink")
     parser.add_argument("--memory-only", action="store_true", help="nothing but that")

@@ -24,6 +24,7 @@ import (
 
 func main() {
 	ca := flag.String("ca", "", "write the authority to trust into this file (PEM)")
+	delay := flag.Duration("delay", 0, "wait for so long before each request is looked at, as a store that is far away")
 	flag.Parse()
 	certificate, err := newCertificate(*ca)
 	if err != nil {
@@ -34,7 +35,7 @@ func main() {
 		log.Fatal(err)
 	}
 	server := &http.Server{
-		Handler:           handler{newStore()},
+		Handler:           handler{newStore(), *delay},
 		TLSConfig:         &tls.Config{Certificates: []tls.Certificate{certificate}},
 		TLSNextProto:      map[string]func(*http.Server, *tls.Conn, http.Handler){}, // no HTTP/2
 		ReadHeaderTimeout: time.Minute,

@@ -23,7 +23,10 @@ var (
 	buffers = sync.Pool{New: func() any { buffer := make([]byte, 256<<10); return &buffer }}
 )
 
-type handler struct{ store *store }
+type handler struct {
+	store *store
+	delay time.Duration
+}
 
 // onlyWriter hides io.Discard's own ReadFrom, whose buffer is small.
 type onlyWriter struct{ io.Writer }
@@ -35,6 +38,7 @@ func discard(body io.Reader) (int64, error) {
 }
 
 func (h handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	time.Sleep(h.delay)
 	bucket, key, _ := strings.Cut(strings.TrimPrefix(r.URL.Path, "/"), "/")
 	query := r.URL.Query()
 	w.Header().Set("x-amz-request-id", "sink")

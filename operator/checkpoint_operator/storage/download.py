@@ -42,7 +42,7 @@ from checkpoint_operator.storage.manifest import StoredFile
 from checkpoint_operator.storage.marker import Manifest, Uploading
 from checkpoint_operator.storage.meter import Meter
 from checkpoint_operator.storage.parallel import for_each
-from checkpoint_operator.storage.ranges import RANGE, WORKERS, Fetch, Stream, fetch_all, mismatch
+from checkpoint_operator.storage.ranges import RANGE, WORKERS, Fetch, Stream, by_size, fetch_all, mismatch
 from checkpoint_operator.storage.store import Arrived
 
 PARTIAL = ".partial"
@@ -97,11 +97,9 @@ def _download(
         name="restore",
     )
 
-    def streams() -> Iterator[Stream]:
-        yield from resumed
-        yield from (landing(file) for file in table.files if file.path not in found)
-
-    fetch_all(streams(), fetch, meter, cancelled)
+    fetch_all(resumed, fetch, meter, cancelled)
+    for small, files in by_size(file for file in table.files if file.path not in found):
+        fetch_all(map(landing, files), fetch, meter, cancelled, small=small)
     for file in again:
         create_anew(folder, file.path)
     fetch_all([landing(file) for file in again], fetch, meter, cancelled)

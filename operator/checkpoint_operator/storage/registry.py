@@ -18,8 +18,8 @@ from checkpoint_operator.storage.backend import StorageBackend
 from checkpoint_operator.storage.errors import StorageError
 from checkpoint_operator.storage.local import LocalStorageBackend
 from checkpoint_operator.storage.objects import ObjectStoreBackend
+from checkpoint_operator.storage.ranges import SMALL_WORKERS
 from checkpoint_operator.storage.store import ObjectStore
-from checkpoint_operator.storage.transfer import STREAMS
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
@@ -32,21 +32,21 @@ def S3StorageBackend(options: TargetOptions) -> ObjectStoreBackend:  # noqa: N80
     """Artifacts on S3 and whatever speaks it. Raises BackendNotInstalled where boto3 is missing."""
     with _extra(Scheme.S3, "s3", "boto3"):
         from checkpoint_operator.storage.s3 import open_s3
-    return ObjectStoreBackend(_once_per_bucket(lambda uri: open_s3(uri, options, STREAMS)))
+    return ObjectStoreBackend(_once_per_bucket(lambda uri: open_s3(uri, options, SMALL_WORKERS)))
 
 
 def GCSStorageBackend(options: TargetOptions) -> ObjectStoreBackend:  # noqa: N802 - the library's published name
     """Artifacts on Google Cloud Storage. Raises BackendNotInstalled where google-cloud-storage is missing."""
     with _extra(Scheme.GS, "gcs", "google-cloud-storage"):
         from checkpoint_operator.storage.gcs import open_gcs
-    return ObjectStoreBackend(_once_per_bucket(lambda uri: open_gcs(uri, options, STREAMS)))
+    return ObjectStoreBackend(_once_per_bucket(lambda uri: open_gcs(uri, options, SMALL_WORKERS)))
 
 
 def AzureBlobStorageBackend(options: TargetOptions) -> ObjectStoreBackend:  # noqa: N802 - the library's published name
     """Artifacts on Azure Blob Storage. Raises BackendNotInstalled where azure-storage-blob is missing."""
     with _extra(Scheme.AZURE, "azure", "azure-storage-blob"):
         from checkpoint_operator.storage.azure import open_azure
-    return ObjectStoreBackend(_once_per_bucket(lambda uri: open_azure(uri, options, STREAMS)))
+    return ObjectStoreBackend(_once_per_bucket(lambda uri: open_azure(uri, options, SMALL_WORKERS)))
 
 
 def open_backend(scheme: str, options: TargetOptions) -> StorageBackend:

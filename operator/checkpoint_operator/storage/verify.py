@@ -15,7 +15,7 @@ from checkpoint_operator.storage.hostile import check_names
 from checkpoint_operator.storage.manifest import FileTable, StoredFile, content_digest
 from checkpoint_operator.storage.marker import Manifest
 from checkpoint_operator.storage.meter import Meter
-from checkpoint_operator.storage.ranges import Fetch, Stream, fetch_all
+from checkpoint_operator.storage.ranges import Fetch, Stream, by_size, fetch_all
 from checkpoint_operator.storage.store import Entry
 
 MAX_SHOWN = 10
@@ -92,7 +92,9 @@ def verify(
         if held.others is not None:
             for problem in _beside_files(table, held.others):
                 problems.add(problem)
-        fetch_all((_Checked(file, problems) for file in there), fetch, meter, cancelled or threading.Event())
+        for small, files in by_size(there):
+            checked = (_Checked(file, problems) for file in files)
+            fetch_all(checked, fetch, meter, cancelled or threading.Event(), small=small)
     meter.stage(Stage.VERIFYING)
     if problems.count:
         listed = "; ".join(problems.shown)
