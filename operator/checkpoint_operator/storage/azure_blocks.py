@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
-from checkpoint_operator.storage.store import Buffer, Piece
+from checkpoint_operator.storage.store import Body, Piece, slices_of
 
 MIB = 1 << 20
 PART_SIZE = 8 * MIB
@@ -62,9 +62,12 @@ def part_size(size: int) -> int:
     return max(PART_SIZE, -(-smallest // MIB) * MIB)
 
 
-def digest(body: Buffer) -> bytes:
+def digest(body: Body) -> bytes:
     """MD5: what Azure checks on arrival, computes by itself for a Put Blob, and keeps."""
-    return hashlib.md5(body, usedforsecurity=False).digest()
+    found = hashlib.md5(usedforsecurity=False)
+    for one in slices_of(body):
+        found.update(one)
+    return found.digest()
 
 
 def checksum(pieces: Sequence[Piece]) -> str:

@@ -32,7 +32,7 @@ from urllib3.util import Retry, make_headers
 from urllib3.util.wait import wait_for_read
 
 from checkpoint_operator.storage.gate import SLOW_DOWN, Gate
-from checkpoint_operator.storage.store import PIECE, Arrived, Buffer
+from checkpoint_operator.storage.store import PIECE, Arrived, Body, Buffer, slices_of
 from checkpoint_operator.storage.tls import TLSStream
 from checkpoint_operator.storage.turn import SMALL, TURN
 
@@ -97,10 +97,10 @@ class Wire:
         # As urllib3's pools do: whoever lets go of the wire need not close it.
         weakref.finalize(self, _close_all, self._idle)
 
-    def put(self, key: str, query: str, headers: Mapping[str, str], body: Buffer) -> Answer:
+    def put(self, key: str, query: str, headers: Mapping[str, str], body: Body) -> Answer:
         """PUT one body. Raises :class:`WireError`."""
         # On TLS the body is protected twice already, by the connection and by its checksum; so botocore has it as well.
-        payload = UNSIGNED_PAYLOAD if self._has_tls else hashlib.sha256(body).hexdigest()
+        payload = UNSIGNED_PAYLOAD if self._has_tls else _sha256(body)
         headers = {**headers, "Content-Length": str(len(body))}
         return self._request("PUT", key, query, headers, payload, body, len(body), lambda answer: _read(answer, _SLICE))
 
@@ -139,7 +139,7 @@ class Wire:
         query: str,
         headers: Mapping[str, str],
         payload: str,
-        body: Buffer,
+        body: Body,
         size: int,
         read: "_Read",
     ) -> Answer:
@@ -170,7 +170,7 @@ class Wire:
                 raise WireError(f"{type(failed).__name__}: {failed}, {ATTEMPTS} times") from failed
             time.sleep(retry.get_backoff_time())
 
-    def _once(self, request: "_Request", body: Buffer, size: int, read: "_Read") -> Answer:
+    def _once(self, request: "_Request", body: Body, size: int, read: "_Read") -> Answer:
         signer = _Signer(self._credentials.get_frozen_credentials(), "s3", self._region)
         connection = self._take()
         # Nobody waits in a turn: a small body on TLS goes into memory, and to the socket when its answer is read, for which
@@ -207,7 +207,7 @@ class Wire:
                 return connection
             connection.close()
 
-    def _send(self, connection: http.client.HTTPConnection, request: "_Request", body: Buffer) -> http.client.HTTPResponse:
+    def _send(self, connection: http.client.HTTPConnection, request: "_Request", body: Body) -> http.client.HTTPResponse:
         lines = [f"{request.method} {self._connect.target(request.url)} HTTP/1.1"]
         lines += [f"{name}: {value}" for name, value in {**request.headers, **self._connect.headers}.items()]
         head = "\r\n".join(lines)
@@ -216,10 +216,11 @@ class Wire:
         sock = connection.sock
         try:
             sock.sendall(head.encode("latin-1", "strict") + b"\r\n\r\n")
-            view = memoryview(body)
-            # Slice by slice: the timeout of a plain socket's sendall is for all that it is given, however fast it goes.
-            for start in range(0, len(view), _SLICE):
-                sock.sendall(view[start : start + _SLICE])
+            for one in slices_of(body):
+                view = memoryview(one)
+                # Bite by bite: the timeout of a plain socket's sendall is for all that it is given, however fast it goes.
+                for start in range(0, len(view), _SLICE):
+                    sock.sendall(view[start : start + _SLICE])
         except (BrokenPipeError, ConnectionResetError):
             # A store that refuses early closes while we still send; what it said is in the socket's buffer.
             if not body:
@@ -340,6 +341,13 @@ class _TLSConnection(http.client.HTTPConnection):
 def _close_all(idle: deque[_Idle]) -> None:
     while idle:
         idle.pop()[1].close()
+
+
+def _sha256(body: Body) -> str:
+    found = hashlib.sha256()
+    for one in slices_of(body):
+        found.update(one)
+    return found.hexdigest()
 
 
 def _read(response: http.client.HTTPResponse, most: int) -> Buffer:
