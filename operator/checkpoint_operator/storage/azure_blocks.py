@@ -19,8 +19,9 @@ from checkpoint_operator.storage.store import Body, Piece, slices_of
 MIB = 1 << 20
 PART_SIZE = 8 * MIB
 """One block's bytes; also the largest object that is written in one Put Blob."""
-# https://learn.microsoft.com/azure/storage/blobs/scalability-targets
-MAX_BLOCKS = 50_000
+MAX_BLOCKS = 12_500
+"""A quarter of what Azure takes (https://learn.microsoft.com/azure/storage/blobs/scalability-targets): the SDK needs 1.5 KiB
+for each to write the list of them, and to read it back, which is to fit into a mover's 150 MB."""
 # https://learn.microsoft.com/rest/api/storageservices/naming-and-referencing-containers--blobs--and-metadata
 MAX_NAME = 1024
 MAX_SEGMENTS = 254

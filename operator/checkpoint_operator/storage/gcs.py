@@ -25,6 +25,7 @@ from checkpoint_operator.storage.gate import Gate
 from checkpoint_operator.storage.gcs_client import Bucket, Kind, Missing, Resource, Unmet, open_bucket
 from checkpoint_operator.storage.gcs_identity import choose_identity
 from checkpoint_operator.storage.gcs_pieces import OWNER, parse_piece, piece_metadata, piece_name
+from checkpoint_operator.storage.parallel import for_each
 from checkpoint_operator.storage.store import (
     Arrived,
     Body,
@@ -308,8 +309,9 @@ class GCSStore:
             with suppress(Unmet, Missing):
                 self._bucket.delete(found.name, found.generation)
 
-        pieces = [found for found in self._bucket.list(folder) if parse_piece(found.name, found.metadata)]
-        _at_once(remove, pieces)
+        # Page by page, while it is listed: there may be as many of them as a file has pieces.
+        pieces = (found for found in self._bucket.list(folder) if parse_piece(found.name, found.metadata))
+        for_each(remove, pieces, workers=_AT_ONCE, name="gcs")
         self._owners.pop(upload_id, None)
 
     def list_uploads(self, prefix: str) -> Iterator[Upload]:

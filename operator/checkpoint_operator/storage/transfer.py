@@ -5,12 +5,12 @@ SHA-256 of a whole file can only go forward; the buffer is then handed to one of
 own checksum and gives both to the store. So a large file is hashed and sent at the same time, over several connections.
 
 A part of more than 24 MiB is never held: it is hashed slice by slice, and the sender, which gets the buffer of 8 MiB that
-the slices go through, reads them again (:mod:`.slices`). Such parts have files of more than 234 GiB on S3, of 768 GiB on
-GCS, of 1.1 TiB on Azure.
+the slices go through, reads them again (:mod:`.slices`). Such parts have files of more than 234 GiB on S3, of 293 GiB on
+Azure, of 768 GiB on GCS.
 
 Memory, for a file of any size: :data:`BUFFER_BUDGET` for bodies (48 MiB: six parts of 8 MiB, or two of up to 24 MiB, or a
-slice each of six larger ones). On top of it about a third of a KiB for each part of the files in hand, and half a KiB for
-each file, for its line in the manifest.
+slice each of six larger ones). On top of it a third of a KiB for each part of the files in hand, and up to 1.5 KiB for each
+while one of these is put together in the end; and half a KiB for each file, for its line in the manifest.
 """
 
 import threading
@@ -271,7 +271,7 @@ class _Sending:
                     if isinstance(error, Cancelled) and self._broken.is_set():
                         break  # in the middle of a large part, for the same reason
                     raise
-                # A future is seven times as large as the part that comes of it, and a file may have 50,000 of them.
+                # A future is seven times as large as the part that comes of it, and a file may have 32,768 of them.
                 while sending and sending[0].done() and sending[0].exception() is None:
                     parts.append(sending.popleft().result())
                 work = (upload_id, number, body, digest, buffer, there.get(number))
