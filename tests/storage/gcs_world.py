@@ -121,7 +121,11 @@ class Proxy:
         self.endpoint = f"http://127.0.0.1:{self._server.server_address[1]}"
 
     def handle(self, request: BaseHTTPRequestHandler) -> None:
-        body = request.rfile.read(int(request.headers.get("Content-Length") or 0))
+        size = int(request.headers.get("Content-Length") or 0)
+        body = request.rfile.read(size)
+        if len(body) < size:  # the client hung up in the middle, and the emulator would wait for the rest
+            request.close_connection = True
+            return
         line = f"{request.command} {request.path}"
         with self._lock:
             self.requests.append(line)

@@ -34,6 +34,7 @@ from checkpoint_operator.storage.errors import StorageError
 from checkpoint_operator.storage.gate import Gate
 from checkpoint_operator.storage.store import (
     Arrived,
+    Body,
     Buffer,
     Entry,
     Part,
@@ -203,7 +204,7 @@ class AzureStore:
     def part_size(self, size: int) -> int:
         return azure_blocks.part_size(size)
 
-    def digest(self, body: Buffer) -> bytes:
+    def digest(self, body: Body) -> bytes:
         return azure_blocks.digest(body)
 
     def checksum(self, pieces: Sequence[Piece]) -> str:
@@ -243,7 +244,7 @@ class AzureStore:
     def start_upload(self, key: str, owner: str) -> str:
         return azure_blocks.new_upload_id()
 
-    def put_part(self, key: str, upload_id: str, number: int, body: Buffer, digest: bytes) -> str:
+    def put_part(self, key: str, upload_id: str, number: int, body: Body, digest: bytes) -> str:
         token = str(BlockId(upload_id, number, digest))
         self._ask(
             "put part",
@@ -292,7 +293,7 @@ class AzureStore:
             (Part(found.number, block.size, block.id, found.digest) for found, block in named), key=lambda part: part.number
         )
 
-    def is_part(self, part: Part, body: Buffer, digest: bytes) -> bool:
+    def is_part(self, part: Part, body: Body, digest: bytes) -> bool:
         return part.digest == digest and part.size == len(body)
 
     def honours_conditions(self, probe_key: str) -> bool:

@@ -14,13 +14,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
-from checkpoint_operator.storage.store import Buffer, Piece
+from checkpoint_operator.storage.store import Body, Piece, slices_of
 
 MIB = 1 << 20
 PART_SIZE = 8 * MIB
 """One block's bytes; also the largest object that is written in one Put Blob."""
-# https://learn.microsoft.com/azure/storage/blobs/scalability-targets
-MAX_BLOCKS = 50_000
+MAX_BLOCKS = 12_500
+"""A quarter of what Azure takes (https://learn.microsoft.com/azure/storage/blobs/scalability-targets): the SDK needs 1.5 KiB
+for each to write the list of them, and to read it back, which is to fit into a mover's 150 MB."""
 # https://learn.microsoft.com/rest/api/storageservices/naming-and-referencing-containers--blobs--and-metadata
 MAX_NAME = 1024
 MAX_SEGMENTS = 254
@@ -62,9 +63,12 @@ def part_size(size: int) -> int:
     return max(PART_SIZE, -(-smallest // MIB) * MIB)
 
 
-def digest(body: Buffer) -> bytes:
+def digest(body: Body) -> bytes:
     """MD5: what Azure checks on arrival, computes by itself for a Put Blob, and keeps."""
-    return hashlib.md5(body, usedforsecurity=False).digest()
+    found = hashlib.md5(usedforsecurity=False)
+    for one in slices_of(body):
+        found.update(one)
+    return found.digest()
 
 
 def checksum(pieces: Sequence[Piece]) -> str:

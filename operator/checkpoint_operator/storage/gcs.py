@@ -25,8 +25,10 @@ from checkpoint_operator.storage.gate import Gate
 from checkpoint_operator.storage.gcs_client import Bucket, Kind, Missing, Resource, Unmet, open_bucket
 from checkpoint_operator.storage.gcs_identity import choose_identity
 from checkpoint_operator.storage.gcs_pieces import OWNER, parse_piece, piece_metadata, piece_name
+from checkpoint_operator.storage.parallel import for_each
 from checkpoint_operator.storage.store import (
     Arrived,
+    Body,
     Buffer,
     Entry,
     Part,
@@ -173,7 +175,7 @@ class GCSStore:
         smallest = -(-size // MAX_PIECES)
         return PART_SIZE if smallest <= PART_SIZE else -(-smallest // MIB) * MIB
 
-    def digest(self, body: Buffer) -> bytes:
+    def digest(self, body: Body) -> bytes:
         return gcs_crc32c.crc32c(body).to_bytes(4, "big")
 
     def checksum(self, pieces: Sequence[Piece]) -> str:
@@ -198,7 +200,7 @@ class GCSStore:
     def _data(self, owner: str) -> Kind:
         return Kind({OWNER: owner}, storage_class=self._storage_class)
 
-    def _send(self, key: str, body: Buffer, digest: bytes, kind: Kind, if_generation: str | None) -> Resource:
+    def _send(self, key: str, body: Body, digest: bytes, kind: Kind, if_generation: str | None) -> Resource:
         try:
             return self._bucket.insert(key, body, gcs_crc32c.encode(int.from_bytes(digest, "big")), kind, if_generation)
         except StorageError as error:
@@ -216,7 +218,7 @@ class GCSStore:
         self._owners[upload_id] = owner
         return upload_id
 
-    def put_part(self, key: str, upload_id: str, number: int, body: Buffer, digest: bytes) -> str:
+    def put_part(self, key: str, upload_id: str, number: int, body: Body, digest: bytes) -> str:
         name = piece_name(key, upload_id, number)
         kind = self._piece(key, self._owner(key, upload_id))
         try:
@@ -311,8 +313,9 @@ class GCSStore:
             with suppress(Unmet, Missing):
                 self._bucket.delete(found.name, found.generation)
 
-        pieces = [found for found in self._bucket.list(folder) if parse_piece(found.name, found.metadata)]
-        _at_once(remove, pieces)
+        # Page by page, while it is listed: there may be as many of them as a file has pieces.
+        pieces = (found for found in self._bucket.list(folder) if parse_piece(found.name, found.metadata))
+        for_each(remove, pieces, workers=_AT_ONCE, name="gcs")
         self._owners.pop(upload_id, None)
 
     def list_uploads(self, prefix: str) -> Iterator[Upload]:
@@ -332,7 +335,7 @@ class GCSStore:
             if (piece := parse_piece(one.name, one.metadata)) and piece.number is not None and piece.key == key
         ]
 
-    def is_part(self, part: Part, body: Buffer, digest: bytes) -> bool:
+    def is_part(self, part: Part, body: Body, digest: bytes) -> bool:
         return part.size == len(body) and part.digest == digest
 
 

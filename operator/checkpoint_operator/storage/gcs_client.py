@@ -28,7 +28,7 @@ from checkpoint_operator.storage.errors import StorageError
 from checkpoint_operator.storage.gate import Gate
 from checkpoint_operator.storage.gcs_credentials import make_credentials
 from checkpoint_operator.storage.gcs_identity import Identity
-from checkpoint_operator.storage.store import Buffer
+from checkpoint_operator.storage.store import Body, Buffer, slices_of
 
 TIMEOUT = (10.0, 60.0)
 """Seconds to connect, or to send 256 KiB, and seconds without a byte of an answer."""
@@ -131,7 +131,7 @@ class Bucket:
         self._bucket, self._client = client.bucket(name), client
         self._retry = DEFAULT_RETRY.with_timeout(DEADLINE).with_delay(initial=0.5, maximum=16.0, multiplier=2.0)
 
-    def insert(self, key: str, body: Buffer, crc32c: str, kind: Kind, if_generation: str | None) -> Resource:
+    def insert(self, key: str, body: Body, crc32c: str, kind: Kind, if_generation: str | None) -> Resource:
         """Write an object in one request. Raises Unmet, and IntegrityMismatch where the body has another checksum."""
         parts = _Related({"name": key, "crc32c": crc32c, **kind.resource()}, body)
         params = {
@@ -288,14 +288,14 @@ class _Related:
     It can be iterated again, for a retry. In steps, because a plain socket's timeout is for the whole of what it is given.
     """
 
-    def __init__(self, resource: Mapping[str, Any], body: Buffer) -> None:
+    def __init__(self, resource: Mapping[str, Any], body: Body) -> None:
         boundary = secrets.token_hex(16)
         self.content_type = f'multipart/related; boundary="{boundary}"'
         self._head = (
             f"--{boundary}\r\nContent-Type: application/json; charset=UTF-8\r\n\r\n{json.dumps(resource)}\r\n"
             f"--{boundary}\r\nContent-Type: {resource['contentType']}\r\n\r\n"
         ).encode()
-        self._body = memoryview(body)
+        self._body = body
         self._tail = f"\r\n--{boundary}--\r\n".encode()
 
     def __len__(self) -> int:
@@ -303,8 +303,10 @@ class _Related:
 
     def __iter__(self) -> Iterator[Buffer]:
         yield self._head
-        for start in range(0, len(self._body), _STEP):
-            yield self._body[start : start + _STEP]
+        for one in slices_of(self._body):
+            view = memoryview(one)
+            for start in range(0, len(view), _STEP):
+                yield view[start : start + _STEP]
         yield self._tail
 
 

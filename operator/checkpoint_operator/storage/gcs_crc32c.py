@@ -9,7 +9,7 @@ from functools import lru_cache
 
 import google_crc32c
 
-from checkpoint_operator.storage.store import Buffer
+from checkpoint_operator.storage.store import Body, slices_of
 
 _POLYNOMIAL = 0x82F63B78  # reflected: bit 31 is the coefficient of x⁰
 _ONE = 1 << 31
@@ -17,15 +17,17 @@ _X_TO_THE_8 = 1 << (31 - 8)  # one byte of zeros
 _STEP = 256 << 10
 
 
-def crc32c(body: Buffer) -> int:
+def crc32c(body: Body) -> int:
     """The CRC32C of a body.
 
     In steps, because Google's extension holds the interpreter's lock and takes nothing but ``bytes``: each step's copy
     stays in the CPU's cache, and other threads get their turn in between.
     """
-    found, view = 0, memoryview(body)
-    for start in range(0, len(view), _STEP):
-        found = google_crc32c.extend(found, bytes(view[start : start + _STEP]))
+    found = 0
+    for one in slices_of(body):
+        view = memoryview(one)
+        for start in range(0, len(view), _STEP):
+            found = google_crc32c.extend(found, bytes(view[start : start + _STEP]))
     return found
 
 

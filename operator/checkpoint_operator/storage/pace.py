@@ -13,7 +13,8 @@ from checkpoint_operator.storage.turn import TURN
 class Pace:
     """One budget for all threads of an upload; None: no limit. Nothing is saved up, so there is never a burst.
 
-    What is counted is what is read from the source: each byte is read once, and sent at most once after that.
+    What is counted is what is read from the source for the first time. What is sent of that, or sent again after a failure,
+    or read again for it (:mod:`.slices`), is not counted anew.
     """
 
     bytes_per_second: int | None = None

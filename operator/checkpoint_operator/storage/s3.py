@@ -4,7 +4,6 @@ Conditions: ``If-None-Match: *`` and ``If-Match`` on PutObject and CompleteMulti
 Control requests are botocore's client's; bodies go over :mod:`checkpoint_operator.storage.s3_wire`.
 """
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -24,6 +23,7 @@ from checkpoint_operator.storage.s3_errors import classify, code_of, error_of, s
 from checkpoint_operator.storage.s3_wire import Answer, TooLarge
 from checkpoint_operator.storage.store import (
     Arrived,
+    Body,
     Buffer,
     Entry,
     Part,
@@ -208,7 +208,7 @@ class S3Store:
         smallest = -(-size // MAX_PARTS)
         return max(PART_SIZE, -(-smallest // MIB) * MIB)
 
-    def digest(self, body: Buffer) -> bytes:
+    def digest(self, body: Body) -> bytes:
         return self._checksums.digest(body)
 
     def checksum(self, pieces: Sequence[Piece]) -> str:
@@ -244,7 +244,7 @@ class S3Store:
         except (ClientError, BotoCoreError) as error:
             raise self._refused(error, "start upload", key) from error
 
-    def put_part(self, key: str, upload_id: str, number: int, body: Buffer, digest: bytes) -> str:
+    def put_part(self, key: str, upload_id: str, number: int, body: Body, digest: bytes) -> str:
         query = f"?partNumber={number}&uploadId={quote(upload_id, safe='-_.~')}"
         with self._sending("put part", key, query, self._checksums.headers(digest), body) as wait:
             answer = wait()
@@ -310,11 +310,11 @@ class S3Store:
                 return []
             raise self._refused(error, "list parts", key) from error
 
-    def is_part(self, part: Part, body: Buffer, digest: bytes) -> bool:
+    def is_part(self, part: Part, body: Body, digest: bytes) -> bool:
         if part.size != len(body):
             return False
         # Not every store lists the checksums of parts (SeaweedFS does not), but the ETag of a part is its MD5.
-        return part.digest == digest if part.digest else part.token.strip('"') == hashlib.md5(body).hexdigest()  # noqa: S324
+        return part.digest == digest if part.digest else part.token.strip('"') == MD5.digest(body).hex()
 
     def honours_conditions(self, probe_key: str) -> bool:
         # A store that knows no conditions ignores them: then the second create overwrites, and the wrong If-Match too.
@@ -345,7 +345,7 @@ class S3Store:
 
     @contextmanager
     def _sending(
-        self, operation: str, key: str, query: str, headers: dict[str, str], body: Buffer
+        self, operation: str, key: str, query: str, headers: dict[str, str], body: Body
     ) -> Iterator[Callable[[], Answer]]:
         """With a body on its way; what waits for the answer."""
         try:

@@ -12,13 +12,13 @@ from typing import Any, Protocol
 
 from awscrt.checksums import combine_crc64nvme, crc64nvme
 
-from checkpoint_operator.storage.store import Buffer, Part, Piece
+from checkpoint_operator.storage.store import Body, Part, Piece, slices_of
 
 
 class Checksums(Protocol):
     """How one kind of checksum is written into requests and read from answers."""
 
-    def digest(self, body: Buffer) -> bytes:
+    def digest(self, body: Body) -> bytes:
         """Of one body."""
 
     def whole(self, pieces: Sequence[Piece] | Sequence[Part]) -> str:
@@ -50,8 +50,11 @@ class Checksums(Protocol):
 
 
 class _CRC64:
-    def digest(self, body: Buffer) -> bytes:
-        return int(crc64nvme(body)).to_bytes(8, "big")
+    def digest(self, body: Body) -> bytes:
+        crc = 0
+        for one in slices_of(body):
+            crc = int(crc64nvme(one, crc))
+        return crc.to_bytes(8, "big")
 
     def whole(self, pieces: Sequence[Piece] | Sequence[Part]) -> str:
         crc = 0
@@ -88,8 +91,11 @@ class _CRC64:
 
 
 class _MD5:
-    def digest(self, body: Buffer) -> bytes:
-        return hashlib.md5(body, usedforsecurity=False).digest()
+    def digest(self, body: Body) -> bytes:
+        found = hashlib.md5(usedforsecurity=False)
+        for one in slices_of(body):
+            found.update(one)
+        return found.digest()
 
     def whole(self, pieces: Sequence[Piece] | Sequence[Part]) -> str:
         digests = [piece.digest or b"" for piece in pieces]

@@ -30,7 +30,7 @@ from urllib3.util.wait import wait_for_read
 from checkpoint_operator.storage.connector import Connector, WireError
 from checkpoint_operator.storage.gate import SLOW_DOWN, Gate
 from checkpoint_operator.storage.s3_signer import sign
-from checkpoint_operator.storage.store import PIECE, Arrived, Buffer
+from checkpoint_operator.storage.store import PIECE, Arrived, Body, Buffer, slices_of
 from checkpoint_operator.storage.streams import Stream
 from checkpoint_operator.storage.turn import SMALL, TURN
 
@@ -90,11 +90,11 @@ class Wire:
         weakref.finalize(self, _close_all, self._idle)
 
     @contextmanager
-    def putting(self, key: str, query: str, headers: Mapping[str, str], body: Buffer) -> Iterator[Callable[[], Answer]]:
+    def putting(self, key: str, query: str, headers: Mapping[str, str], body: Body) -> Iterator[Callable[[], Answer]]:
         """PUT one body: on its way when the block begins; what the block is given waits for the answer, and may be called
         once. It raises :class:`WireError`. A block that ends without that gives the request up, whatever became of it."""
         # On TLS the body is protected twice already, by the connection and by its checksum; so botocore has it as well.
-        payload = UNSIGNED_PAYLOAD if self._has_tls else hashlib.sha256(body).hexdigest()
+        payload = UNSIGNED_PAYLOAD if self._has_tls else _sha256(body)
         headers = {**headers, "Content-Length": str(len(body))}
         call = self._call("PUT", key, query, headers, payload, body, len(body), lambda answer: _read(answer, _SLICE))
         begun: list[_Sent] = []
@@ -144,7 +144,7 @@ class Wire:
         query: str,
         headers: Mapping[str, str],
         payload: str,
-        body: Buffer,
+        body: Body,
         size: int,
         read: "_Read",
     ) -> "_Call":
@@ -219,11 +219,12 @@ class Wire:
         sock = connection.sock
         try:
             sock.sendall(head.encode("latin-1", "strict") + b"\r\n\r\n")
-            view = memoryview(call.body)
-            # Slice by slice: the timeout of a plain socket's sendall is for all that it is given, however fast it goes.
-            for start in range(0, len(view), _SLICE):
-                sock.sendall(view[start : start + _SLICE])
-            cast(Stream, sock).flush()
+            for one in slices_of(call.body):
+                view = memoryview(one)
+                # Bite by bite: the timeout of a plain socket's sendall is for all that it is given, however fast it goes.
+                for start in range(0, len(view), _SLICE):
+                    sock.sendall(view[start : start + _SLICE])
+                cast(Stream, sock).flush()  # the next slice is read into the same buffer
         except (BrokenPipeError, ConnectionResetError):
             # A store that refuses early closes while we still send; what it said is in the socket's buffer.
             if not call.body:
@@ -239,7 +240,7 @@ class _Call:
     url: str
     headers: Mapping[str, str]
     payload: str
-    body: Buffer
+    body: Body
     size: int
     read: _Read
 
@@ -286,6 +287,13 @@ class _Sent:
 def _close_all(idle: deque[_Idle]) -> None:
     while idle:
         idle.pop()[1].close()
+
+
+def _sha256(body: Body) -> str:
+    found = hashlib.sha256()
+    for one in slices_of(body):
+        found.update(one)
+    return found.hexdigest()
 
 
 def _read(response: http.client.HTTPResponse, most: int) -> Buffer:

@@ -387,6 +387,17 @@ class OpenFile:
             StorageError: SourceChanged when the file has become shorter, SourceUnreadable on an I/O error.
         """
         self.pace.spend(len(buffer))
+        self._fill(offset, buffer)
+
+    def read_again(self, offset: int, buffer: memoryview) -> None:
+        """The same for bytes that were read before and are needed anew to be sent: what they cost is paid.
+
+        Raises:
+            StorageError: as :meth:`read_into` does.
+        """
+        self._fill(offset, buffer)
+
+    def _fill(self, offset: int, buffer: memoryview) -> None:
         got = 0
         while got < len(buffer):
             try:
@@ -398,7 +409,7 @@ class OpenFile:
                     path=self.file.path,
                 ) from error
             if not count:
-                raise self._changed("became shorter")
+                raise self.changed("became shorter")
             got += count
 
     def check_unchanged(self) -> None:
@@ -409,9 +420,10 @@ class OpenFile:
         """
         status = os.fstat(self.descriptor)
         if _source_file(self.file.path, status) != self.file or not stat.S_ISREG(status.st_mode):
-            raise self._changed("changed")
+            raise self.changed("changed")
 
-    def _changed(self, what: str) -> StorageError:
+    def changed(self, what: str) -> StorageError:
+        """The error for a file that is not what it was."""
         return StorageError(
             Reason.SOURCE_CHANGED,
             f"'{self.file.path}' {what} while it was read: create the artifact only after the checkpoint is saved",

@@ -6,14 +6,36 @@ Every method may be called from several threads at once. Errors are :class:`Stor
 
 Checksums: the engine hands every body to :meth:`ObjectStore.digest` exactly once, while it is in the CPU's cache, and gives
 the answer back with the body; the store sends it along, so that the other side refuses a body that was damaged on its way.
+
+Bodies: a buffer, or slices of what is too large for one (:func:`slices_of` makes slices of either). Only pieces of large
+files come as slices, and what they raise while they are iterated is to be let through.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 Buffer = bytes | bytearray | memoryview
+
+
+class Sliced(Protocol):
+    """A body that nobody holds: iterated it gives one slice after the other, each of which lasts until the next one is
+    asked for. A retry iterates it again, from the beginning."""
+
+    def __len__(self) -> int:
+        """Bytes of all slices."""
+
+    def __iter__(self) -> Iterator[memoryview]: ...
+
+
+Body: TypeAlias = Buffer | Sliced
+
+
+def slices_of(body: Body) -> Iterable[Buffer]:
+    """A body as what can be hashed and sent one after the other; a buffer is one slice."""
+    return (body,) if isinstance(body, bytes | bytearray | memoryview) else body
+
 
 Arrived = Callable[[int, int], None]
 """(first, last): these bytes of a buffer are there, ``last`` not included. Called in order from 0, and from 0 again with the
@@ -118,9 +140,12 @@ class ObjectStore(Protocol):
         """Why this store could not keep a key exactly as it is, as the end of "the name …", or None. Pure, no request."""
 
     def part_size(self, size: int) -> int:
-        """Into what pieces a file of this size is cut; a pure function, so that a later attempt cuts in the same way."""
+        """Into what pieces a file of this size is cut; a pure function, so that a later attempt cuts in the same way.
 
-    def digest(self, body: Buffer) -> bytes:
+        A piece of more than 24 MiB is not held, but read twice (:mod:`checkpoint_operator.storage.slices`).
+        """
+
+    def digest(self, body: Body) -> bytes:
         """The checksum that this store verifies on arrival (CRC64NVME, CRC32C, MD5). Runs without the interpreter's lock."""
 
     def checksum(self, pieces: Sequence[Piece]) -> str:
@@ -137,7 +162,7 @@ class ObjectStore(Protocol):
     def start_upload(self, key: str, owner: str) -> str:
         """Begin an object in several pieces; the upload's id."""
 
-    def put_part(self, key: str, upload_id: str, number: int, body: Buffer, digest: bytes) -> str:
+    def put_part(self, key: str, upload_id: str, number: int, body: Body, digest: bytes) -> str:
         """Send piece ``number`` (from 1); its token. Sent again it replaces the piece. Raises :class:`UploadLost`."""
 
     def finish_upload(self, key: str, upload_id: str, parts: Sequence[Part], owner: str) -> Written | None:
@@ -155,7 +180,7 @@ class ObjectStore(Protocol):
     def list_parts(self, key: str, upload_id: str) -> Sequence[Part]:
         """The pieces that an unfinished upload has by now; none where it is gone."""
 
-    def is_part(self, part: Part, body: Buffer, digest: bytes) -> bool:
+    def is_part(self, part: Part, body: Body, digest: bytes) -> bool:
         """Whether a listed part is this body: by its digest, or by whatever else the listing says of its content."""
 
     def without_conditions(self) -> "ObjectStore":

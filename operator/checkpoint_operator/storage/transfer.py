@@ -4,12 +4,15 @@ A byte is read from the volume once, into a private buffer. The one thread that 
 SHA-256 of a whole file can only go forward; the buffer is then handed to one of several senders, which computes the store's
 own checksum and gives both to the store. So a large file is hashed and sent at the same time, over several connections.
 
-Memory: :data:`BUFFER_BUDGET` for bodies (48 MiB: six parts of 8 MiB), or one part where a part is larger. A part has 8 MiB,
-and a ten thousandth of the file where that is more: from a file of 234 GiB on one part is in flight at a time, and the
-largest file that S3 takes, 5 TiB, needs 525 MiB. On top of it about half a KiB for each file, for its line in the manifest.
+A part of more than 24 MiB is never held: it is hashed slice by slice, and the sender, which gets the buffer of 8 MiB that
+the slices go through, reads them again (:mod:`.slices`). Such parts have files of more than 234 GiB on S3, of 293 GiB on
+Azure, of 768 GiB on GCS.
+
+Memory, for a file of any size: :data:`BUFFER_BUDGET` for bodies (48 MiB: six parts of 8 MiB, or two of up to 24 MiB, or a
+slice each of six larger ones). On top of it a third of a KiB for each part of the files in hand, and up to 1.5 KiB for each
+while one of these is put together in the end; and half a KiB for each file, for its line in the manifest.
 """
 
-import hashlib
 import threading
 import time
 from collections import deque
@@ -28,8 +31,9 @@ from checkpoint_operator.storage.errors import Cancelled, StorageError
 from checkpoint_operator.storage.manifest import FileTable, StoredFile
 from checkpoint_operator.storage.meter import Meter
 from checkpoint_operator.storage.parallel import first_cause, for_each
+from checkpoint_operator.storage.slices import Cut, FirstReading, held
 from checkpoint_operator.storage.source import Listing, OpenFile, SourceFile, SourceTree
-from checkpoint_operator.storage.store import ObjectStore, Part, Piece, Stat, Upload, UploadLost, Written
+from checkpoint_operator.storage.store import Body, ObjectStore, Part, Piece, Stat, Upload, UploadLost, Written
 from checkpoint_operator.storage.turn import SMALL, TURN
 
 FILES_AT_ONCE = 6
@@ -39,8 +43,6 @@ BATCH = 8
 STREAMS = 8
 """Threads that have requests with a body under way at the same time."""
 BUFFER_BUDGET = 48 << 20
-_HASHED_AT_ONCE = 1 << 20
-"""Read and hash in bites that stay in the CPU's cache."""
 _TRIES = 3
 
 Item = TypeVar("Item")
@@ -195,7 +197,7 @@ class Transfer:
         self.meter.add(0, files=1)
         return sending.cut.stored(file, written.token)
 
-    def _compare(self, source: OpenFile, stat: Stat, cut: "Cut | None", room: memoryview | None) -> StoredFile | Found:
+    def _compare(self, source: OpenFile, stat: Stat, cut: Cut | None, room: memoryview | None) -> StoredFile | Found:
         """Whether an object that is there already is this file."""
         file = source.file
         found = Found(file.path, stat.size, stat.token, stat.owner)
@@ -207,12 +209,12 @@ class Transfer:
         self.meter.add(file.size, files=1)
         return cut.stored(file, stat.token)
 
-    def _hash(self, source: OpenFile, room: memoryview | None = None) -> "Cut":
+    def _hash(self, source: OpenFile, room: memoryview | None = None) -> Cut:
         cut = Cut(source.file.size, self.store.part_size(source.file.size))
         for offset, length in cut.ranges:
             self._check_cancelled()
-            with self._buffers.lent(length) if room is None else nullcontext(room) as body:
-                cut.read(source, offset, body)
+            with self._buffers.lent(held(length)) if room is None else nullcontext(room) as buffer:
+                body = cut.piece(source, offset, length, buffer, self._check_cancelled)
                 cut.pieces.append(Piece(length, self.store.digest(body)))
         source.check_unchanged()
         return cut
@@ -284,16 +286,19 @@ class _Sending:
                 if self._broken.is_set():
                     break  # the sender that failed knows why
                 self._transfer._check_cancelled()
-                body = self._buffers.take(length)
+                buffer = self._buffers.take(held(length))
                 try:
-                    self.cut.read(self.source, offset, body)
-                except BaseException:
-                    self._buffers.give(body)
+                    body, digest = self._read_part(offset, length, buffer)
+                except BaseException as error:
+                    self._buffers.give(buffer)
+                    if isinstance(error, Cancelled) and self._broken.is_set():
+                        break  # in the middle of a large part, for the same reason
                     raise
-                # A future is seven times as large as the part that comes of it, and a file may have 50,000 of them.
+                # A future is seven times as large as the part that comes of it, and a file may have 32,768 of them.
                 while sending and sending[0].done() and sending[0].exception() is None:
                     parts.append(sending.popleft().result())
-                sending.append(self._transfer._senders.submit(self._send_part, upload_id, number, body, there.get(number)))
+                work = (upload_id, number, body, digest, buffer, there.get(number))
+                sending.append(self._transfer._senders.submit(self._send_part, *work))
             failures = [failure for future in sending if (failure := future.exception()) is not None]
             if failures:
                 raise first_cause(failures)
@@ -318,12 +323,26 @@ class _Sending:
                 best = (upload.id, there)
         return best
 
-    def _send_part(self, upload_id: str, number: int, body: memoryview, there: Part | None) -> Part:
+    def _check(self) -> None:
+        self._transfer._check_cancelled()
+        if self._broken.is_set():
+            raise Cancelled
+
+    def _read_part(self, offset: int, length: int, buffer: memoryview) -> tuple[Body, bytes | None]:
+        """What a sender needs, with the digest of what is not held: that came of the one reading that hashes the file."""
+        body = self.cut.piece(self.source, offset, length, buffer, self._check)
+        if not isinstance(body, FirstReading):
+            return body, None
+        digest = self._store.digest(body)
+        return body.again(), digest
+
+    def _send_part(
+        self, upload_id: str, number: int, body: Body, digest: bytes | None, buffer: memoryview, there: Part | None
+    ) -> Part:
+        """``buffer`` is what ``body`` is in, or what its slices go through; it is given back."""
         try:
-            self._transfer._check_cancelled()
-            if self._broken.is_set():
-                raise Cancelled
-            digest = self._store.digest(body)
+            self._check()
+            digest = digest or self._store.digest(body)
             if there is not None and self._store.is_part(there, body, digest):
                 token = there.token
             else:
@@ -334,7 +353,7 @@ class _Sending:
             self._broken.set()
             raise
         finally:
-            self._buffers.give(body)
+            self._buffers.give(buffer)
 
     def _finish_reading(self) -> None:
         self.source.check_unchanged()
@@ -357,40 +376,6 @@ class _Sending:
 def _may_go_on(error: BaseException) -> bool:
     """Whether an attempt after this error could use the same parts."""
     return not isinstance(error, StorageError) or (error.retryable and error.reason is not Reason.SOURCE_CHANGED)
-
-
-class Cut:
-    """How a file is cut into pieces, and the hashes of the whole and of each."""
-
-    def __init__(self, size: int, part_size: int) -> None:
-        self.size, self.part_size = size, part_size
-        self.pieces: list[Piece] = []
-        self._whole = hashlib.sha256()
-
-    @property
-    def ranges(self) -> Iterable[tuple[int, int]]:
-        """(offset, length) of each piece; an empty file has one, of length 0."""
-        for offset in range(0, max(self.size, 1), self.part_size):
-            yield offset, min(self.part_size, self.size - offset)
-
-    def read(self, source: OpenFile, offset: int, body: memoryview) -> None:
-        """Fill a buffer from the file, and hash it on the way; in order, from the first piece to the last."""
-        for start in range(0, len(body), _HASHED_AT_ONCE):
-            bite = body[start : start + _HASHED_AT_ONCE]
-            source.read_into(offset + start, bite)
-            self._whole.update(bite)
-
-    def stored(self, file: SourceFile, token: str | None) -> StoredFile:
-        return StoredFile(
-            path=file.path,
-            size=file.size,
-            sha256=self._whole.hexdigest(),
-            parts=len(self.pieces),
-            part_size=self.part_size if len(self.pieces) > 1 else None,
-            etag=token,
-            mode=file.mode,
-            mtime_ns=file.mtime_ns,
-        )
 
 
 def _waves(files: Iterable[SourceFile]) -> tuple[list[SourceFile], list[SourceFile]]:
