@@ -20,7 +20,7 @@ from storage_world import MIB, ObjectWorld, assert_nothing_committed, make, refu
 
 from checkpoint_operator.api.errors import Reason
 from checkpoint_operator.api.protocol import Layout
-from checkpoint_operator.storage import StorageError, azure_blocks, s3_wire, slices
+from checkpoint_operator.storage import StorageError, azure_blocks, connector, slices
 from checkpoint_operator.storage.azure import AzureStore
 from checkpoint_operator.storage.buffers import Buffers
 from checkpoint_operator.storage.errors import Cancelled
@@ -250,7 +250,7 @@ def test_a_body_that_is_other_than_its_digest_is_refused_by_the_store_as_well(bu
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(s3_wire, "STALL_SECONDS", 1.0)
+    monkeypatch.setattr(connector, "STALL_SECONDS", 1.0)
 
 
 BEFALLS = [Fault.CUT, Fault.SLOW_DOWN, Fault.LOSE_REPLY, Fault.STALL]

@@ -1,10 +1,12 @@
-"""One thread at a time computes for small files, so that Python's lock changes hands once a file, not a hundred times.
+"""One thread at a time computes for small files, so that Python's lock changes hands once in a while, not at each system call.
 
-Of small files there are thousands, and each costs most of a millisecond of Python between two dozen system calls. At each of
-those calls a thread lets go of the interpreter's lock and must get it back from five others that want it as well; that cost
-as much again as the work itself. Whoever has the turn goes on undisturbed to the point where it has to wait for the store.
+Of small files there are thousands, and each costs half a millisecond of Python between some system calls. At each of those
+a thread lets go of the interpreter's lock and must get it back from others that want it as well; that cost as much again as
+the work itself. Whoever has the turn goes on undisturbed to the point where it has to wait for the store, and with an upload
+it has a handful of files on their way by then (``BATCH`` in :mod:`checkpoint_operator.storage.transfer`).
 
-The interpreter has one lock, so the process has one turn. It protects nothing: code is right without it.
+The interpreter has one lock, so the process has one turn. It protects nothing: code is right without it. But who has it must
+not wait for another thread.
 """
 
 import threading
