@@ -1,4 +1,4 @@
-"""One thread at a time computes for small files, so that Python's lock changes hands once in a while, not at each system call.
+"""One thread at a time computes for small files, so that Python's lock changes hands now and then, not at each system call.
 
 Of small files there are thousands, and each costs half a millisecond of Python between some system calls. At each of those
 a thread lets go of the interpreter's lock and must get it back from others that want it as well; that cost as much again as
