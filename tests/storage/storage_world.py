@@ -29,7 +29,7 @@ from checkpoint_operator.storage import (
 from checkpoint_operator.storage.backend import OnProgress
 from checkpoint_operator.storage.objects import ObjectStoreBackend
 from checkpoint_operator.storage.source import Selection
-from checkpoint_operator.storage.store import ObjectStore
+from checkpoint_operator.storage.store import ObjectStore, Written
 from checkpoint_operator.storage.turn import TURN
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -63,6 +63,12 @@ class OnLook(threading.Event):
 def refused(reason: Reason) -> pytest.RaisesExc[StorageError]:
     """Expects a :class:`StorageError` of exactly this reason."""
     return pytest.RaisesExc(StorageError, check=lambda error: error.reason is reason)
+
+
+def put_object(store: ObjectStore, key: str, body: bytes, digest: bytes, owner: str) -> Written | None:
+    """An object in one request, and its answer."""
+    with store.put(key, body, digest, owner) as written:
+        return written()
 
 
 def fetched(store: ObjectStore, key: str, token: str, start: int, length: int) -> bytes:

@@ -22,7 +22,7 @@ from azure_world import AzureWorld, credentials, sas
 from certificates import make_certificates
 from proxy import Fault as Befalls
 from proxy import Proxy, proxy
-from storage_world import MARKER, MIB, Fault, OnLook, fetched, make, race, refused, tree
+from storage_world import MARKER, MIB, Fault, OnLook, fetched, make, put_object, race, refused, tree
 from test_s3_store import closed_port, everything_said, outcome, start_mover
 
 import local_cluster as lc
@@ -391,7 +391,7 @@ def test_another_tools_block_is_not_taken_for_ours(text: str) -> None:
 def test_a_damaged_body_is_refused_by_the_store(azure_world: AzureWorld) -> None:
     store, key = azure_world.store(), azure_world.prefix + "x"
     for act in (
-        lambda: store.put(key, b"damaged", store.digest(b"sent"), "uid"),
+        lambda: put_object(store, key, b"damaged", store.digest(b"sent"), "uid"),
         lambda: store.put_part(key, store.start_upload(key, "uid"), 1, b"damaged", store.digest(b"sent")),
     ):
         with refused(Reason.INTEGRITY_MISMATCH):
@@ -671,7 +671,7 @@ def test_without_conditions_each_write_looks_first(azure_world: AzureWorld) -> N
     assert token is not None
     assert store.create(key, b"second") is None
     assert store.swap(key, '"0x1"', b"second") is None
-    assert store.put(key, b"second", store.digest(b"second"), "uid") is None
+    assert put_object(store, key, b"second", store.digest(b"second"), "uid") is None
     upload = store.start_upload(key, "uid")
     assert store.finish_upload(key, upload, send(store, key, upload, [b"second"]), "uid") is None
     store.remove(key, '"0x1"')

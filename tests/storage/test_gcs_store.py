@@ -23,7 +23,7 @@ import pytest
 from gcs_world import STALL, GCSWorld, Rule
 from google.auth.credentials import Credentials
 from google.auth.exceptions import RefreshError, TransportError
-from storage_world import MARKER, MIB, fetched, make, refused, tree
+from storage_world import MARKER, MIB, fetched, make, put_object, refused, tree
 
 from checkpoint_operator.api.errors import ExitCode, Reason
 from checkpoint_operator.api.names import ENV_PLAN
@@ -113,7 +113,7 @@ def test_every_kind_of_buffer_has_the_same_checksum_however_long_it_is() -> None
 def test_a_body_that_was_damaged_on_its_way_is_refused_by_the_store_and_nothing_is_kept(gcs_world: GCSWorld) -> None:
     store = gcs_world.store()
     with refused(Reason.INTEGRITY_MISMATCH):
-        store.put(gcs_world.prefix + "run/x", b"damaged", store.digest(b"as it was"), "uid-a")
+        put_object(store, gcs_world.prefix + "run/x", b"damaged", store.digest(b"as it was"), "uid-a")
     upload_id = store.start_upload(gcs_world.prefix + "run/x", "uid-a")
     with refused(Reason.INTEGRITY_MISMATCH):
         store.put_part(gcs_world.prefix + "run/x", upload_id, 1, b"damaged", store.digest(b"as it was"))
@@ -415,7 +415,7 @@ def test_a_composition_takes_no_other_generation_of_a_piece(judged_world: GCSWor
 
 def test_a_version_that_was_replaced_is_not_fetched(gcs_world: GCSWorld) -> None:
     store, key = gcs_world.store(), gcs_world.prefix + "run/x"
-    written = store.put(key, b"first", store.digest(b"first"), "uid-a")
+    written = put_object(store, key, b"first", store.digest(b"first"), "uid-a")
     assert written is not None
     assert fetched(store, key, written.token, 1, 3) == b"irs"
     gcs_world.put("run/x", b"other")
@@ -425,7 +425,7 @@ def test_a_version_that_was_replaced_is_not_fetched(gcs_world: GCSWorld) -> None
 
 def test_a_range_that_goes_over_the_end_is_no_answer(gcs_world: GCSWorld) -> None:
     store, key = gcs_world.store(), gcs_world.prefix + "run/x"
-    written = store.put(key, b"short", store.digest(b"short"), "uid-a")
+    written = put_object(store, key, b"short", store.digest(b"short"), "uid-a")
     assert written is not None
     with refused(Reason.INTEGRITY_MISMATCH):
         fetched(store, key, written.token, 0, 6)

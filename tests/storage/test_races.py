@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from storage_world import ObjectWorld, World, fetched, make, refused, tree
+from storage_world import ObjectWorld, World, fetched, make, put_object, refused, tree
 
 from checkpoint_operator.api.errors import Reason
 from checkpoint_operator.api.metadata import ArtifactMetadata
@@ -346,7 +346,9 @@ def test_of_sixteen_creations_one_is_done_and_its_bytes_stay(world: World, verb:
 
     def create(index: int) -> Any:
         data = f"writer {index}".encode()
-        return store.create(key, data) if verb == "create" else store.put(key, data, store.digest(data), f"uid-{index}")
+        return (
+            store.create(key, data) if verb == "create" else put_object(store, key, data, store.digest(data), f"uid-{index}")
+        )
 
     answers = at_once(16, create)
     [winner] = [index for index, answer in enumerate(answers) if answer is not None]

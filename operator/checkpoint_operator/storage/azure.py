@@ -45,6 +45,7 @@ from checkpoint_operator.storage.store import (
     Written,
     unheard,
 )
+from checkpoint_operator.storage.turn import TURN
 
 OWNER = "artifactuid"
 """Metadata (x-ms-meta-artifactuid) by which a deletion knows its own blobs. Azure wants a C# identifier; and proxies drop
@@ -212,7 +213,9 @@ class AzureStore:
 
     @contextmanager
     def put(self, key: str, body: Buffer, digest: bytes, owner: str) -> Iterator[Callable[[], Written | None]]:
-        yield lambda: self._put(key, body, digest, owner)
+        with TURN.let_go():  # it waits for the store, where another thread may get something done
+            written = self._put(key, body, digest, owner)
+        yield lambda: written
 
     def _put(self, key: str, body: Buffer, digest: bytes, owner: str) -> Written | None:
         if self._is_taken(key):

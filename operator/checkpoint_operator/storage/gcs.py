@@ -39,6 +39,7 @@ from checkpoint_operator.storage.store import (
     Written,
     unheard,
 )
+from checkpoint_operator.storage.turn import TURN
 
 MIB = 1 << 20
 PART_SIZE = 16 * MIB
@@ -186,7 +187,9 @@ class GCSStore:
 
     @contextmanager
     def put(self, key: str, body: Buffer, digest: bytes, owner: str) -> Iterator[Callable[[], Written | None]]:
-        yield lambda: self._put(key, body, digest, owner)
+        with TURN.let_go():  # it waits for the store, where another thread may get something done
+            written = self._put(key, body, digest, owner)
+        yield lambda: written
 
     def _put(self, key: str, body: Buffer, digest: bytes, owner: str) -> Written | None:
         if self._is_taken(key):

@@ -154,9 +154,9 @@ class ObjectStore(Protocol):
     def put(self, key: str, body: Buffer, digest: bytes, owner: str) -> AbstractContextManager[Callable[[], Written | None]]:
         """Create an object in one request; the store refuses a body that does not have this digest.
 
-        In the block the request may be on its way already, and the body has to stay as it is; what the block is given is
-        called once, waits for the answer, and raises what there is to raise. So one thread can send several bodies before
-        it reads the first answer. A block that ends without the call gives the request up, whatever became of it.
+        In the block the request may be on its way, and the body has to stay as it is; what the block is given is called
+        once, and waits for the answer. So one thread can send several bodies before it reads the first answer. A block that
+        ends without the call gives the request up, whatever became of it.
         """
 
     def start_upload(self, key: str, owner: str) -> str:
