@@ -29,35 +29,39 @@ from checkpoint_operator.api.names import MARKER_NAME
 
 RESULTS = Path(__file__).parent / "results" / "transfer.json"
 MIB = 1 << 20
+SMALL = 64 << 10
 NEEDED = 6 << 30
 """Bytes that must be free in the folder: a source, and what a download makes of it, and room."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """So many files of so many bytes each, in one direction."""
+    """So many files of so many bytes each, and so many ``small`` ones before them, in one direction."""
 
     count: int
     size: int
     download: bool = False
+    small: int = 0
 
     @property
     def bytes(self) -> int:
-        return self.count * self.size
+        return sum(self.sizes().values())
 
-    def names(self) -> list[str]:
-        return [f"file-{number:05}.bin" for number in range(self.count)]
+    def sizes(self) -> dict[str, int]:
+        """By name."""
+        small = {f"a-small-{number:05}.bin": SMALL for number in range(self.small)}
+        return small | {f"file-{number:05}.bin": self.size for number in range(self.count)}
 
     def make(self, folder: Path, *, sparse: bool) -> None:
         """Random content, or (``sparse``) zeros that take no room."""
         folder.mkdir()
-        for name in self.names():
+        for name, size in self.sizes().items():
             with (folder / name).open("wb") as file:
                 if sparse:
-                    file.truncate(self.size)
+                    file.truncate(size)
                     continue
-                for start in range(0, self.size, MIB):
-                    file.write(os.urandom(min(MIB, self.size - start)))
+                for start in range(0, size, MIB):
+                    file.write(os.urandom(min(MIB, size - start)))
 
 
 WORKS = {
@@ -66,7 +70,12 @@ WORKS = {
     "upload_5000x64k": Work(5000, 64 << 10),
     "download_5000x64k": Work(5000, 64 << 10, download=True),
 }
-MEMORY_WORKS = {"memory_10gib_sparse": Work(1, 10 << 30), "memory_50000_files": Work(50_000, 1 << 10)}
+MEMORY_WORKS = {
+    "memory_10gib_sparse": Work(1, 10 << 30),
+    "memory_50000_files": Work(50_000, 1 << 10),
+    "memory_100x32mib": Work(100, 32 << 20),
+    "memory_mixed": Work(60, 12 << 20, small=3000),
+}
 
 
 @dataclass(frozen=True)
@@ -188,7 +197,7 @@ class Bench:
         else:
             found = {key.removeprefix(f"{job.prefix}/"): size for key, size in self.target.sizes(job.bucket).items()}
         found.pop(MARKER_NAME, None)
-        if found != dict.fromkeys(work.names(), work.size):
+        if found != work.sizes():
             raise RunFailed(
                 f"{client} ended well, but {len(found)} files are there that are not the {work.count} of the source"
             )

@@ -192,22 +192,57 @@ def test_one_thread_has_several_bodies_on_their_way_before_it_reads_an_answer(se
     assert server.requests == 7
 
 
-def test_a_request_that_is_given_up_frees_its_place_and_its_connection_is_not_used_again(server: Server, wire: Wire) -> None:
-    arrived, over = threading.Event(), threading.Event()
+def test_nothing_that_was_sent_happens_after_a_block_that_did_not_ask(server: Server, wire: Wire) -> None:
+    arrived, may_answer, done = threading.Event(), threading.Event(), threading.Event()
 
     def late(connection: socket.socket) -> None:
         arrived.set()
-        over.wait(10)
-        with suppress(OSError):
-            connection.sendall(b"HTTP/1.1 500 Late\r\nContent-Length: 0\r\n\r\n")
+        may_answer.wait(10)
+        done.set()
+        connection.sendall(OK)
+
+    def leave() -> bool:
+        with suppress(KeyError), wire.putting("x", "", {}, b"body"):
+            raise KeyError
+        return done.is_set()
 
     wire.gate = Gate(1)
     server.turns = [late, says(OK)]
-    with wire.putting("x", "", {}, b"body"):
-        assert arrived.wait(10)
     with ThreadPoolExecutor(1) as pool:
-        assert pool.submit(put, wire).result(timeout=10).status == 200
-    over.set()
+        left = pool.submit(leave)
+        assert arrived.wait(10)
+        may_answer.set()
+        assert left.result(timeout=10)
+    assert put(wire).status == 200, "the gate is free again"
+
+
+def test_a_block_that_did_not_ask_makes_no_second_attempt(server: Server, wire: Wire) -> None:
+    server.turns = [lambda _: False]
+    with wire.putting("x", "", {}, b"body"):
+        pass
+    assert server.requests == 1
+
+
+SLOW = b"HTTP/1.1 503 Slow\r\nContent-Length: 0\r\n\r\n"
+
+
+def test_of_answers_that_were_under_way_together_the_first_slows_down(server: Server, wire: Wire) -> None:
+    wire.gate = Gate(8)
+    server.turns = [says(SLOW)] * 4 + [says(OK)] * 4
+    with ExitStack() as stack:
+        answers = [stack.enter_context(wire.putting(f"{number}", "", {}, b"body")) for number in range(4)]
+        assert [answer().status for answer in answers] == [200] * 4
+    assert wire.gate.limit == 4
+
+
+def test_a_store_that_is_slow_gets_one_body_at_a_time_from_each_thread(server: Server, wire: Wire) -> None:
+    wire.gate.slow_down()
+    server.turns = [says(OK)] * 3
+    with ExitStack() as stack:
+        answers = [stack.enter_context(wire.putting(f"{number}", "", {}, b"body")) for number in range(3)]
+        for number, answer in enumerate(answers):
+            assert answer().status == 200
+            assert server.requests == number + 1
 
 
 def test_what_fails_on_its_way_is_sent_again_when_its_answer_is_asked_for(server: Server, wire: Wire) -> None:

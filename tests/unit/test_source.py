@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import socket
 import subprocess
@@ -267,3 +268,18 @@ def test_what_may_not_be_read_is_named_with_its_owner_and_mode(tmp_path: Path, l
         assert "user 4242 (spec.mover.runAsUser)" in done.stdout
     else:
         assert "0:0 with mode 0600; chmod it" in done.stdout
+
+
+def test_too_many_open_files_are_no_change_of_the_source(folder: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with SourceTree(str(folder.parent), folder.name) as tree:
+        file = tree.scan().files[0]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+        try:
+            with pytest.raises(StorageError, match="ulimit -n") as caught:
+                tree.open(file)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert caught.value.reason is Reason.SOURCE_UNREADABLE
+        with tree.open(file) as opened:
+            opened.close()  # once more does no harm

@@ -1,5 +1,7 @@
 """One thread computes at a time, and nobody keeps the turn while waiting."""
 
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -118,3 +120,31 @@ def test_nobody_is_slowed_down_in_a_turn() -> None:
                 return
 
     assert_frees(slow, waits, pace.cancelled.set)
+
+
+FORKS = """
+import os, threading
+from checkpoint_operator.storage.turn import TURN
+
+def take():
+    with TURN.taken():
+        has_it.set()
+        over.wait(10)
+
+has_it, over = threading.Event(), threading.Event()
+threading.Thread(target=take).start()
+assert has_it.wait(10)
+child = os.fork()
+if child == 0:
+    mine = threading.Thread(target=lambda: TURN.taken().__enter__(), daemon=True)
+    mine.start()
+    mine.join(5)
+    os._exit(mine.is_alive())
+over.set()
+raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_the_child_of_a_fork_has_its_own() -> None:
+    """Whoever had the turn does not exist there, as in the worker of a DataLoader."""
+    assert subprocess.run([sys.executable, "-W", "ignore", "-c", FORKS], timeout=30, check=False).returncode == 0

@@ -21,12 +21,22 @@ class Gate:
     def __init__(self, limit: int) -> None:
         self._most = self._limit = limit
         self._calm = 0
+        self.slowdowns = 0
+        """How often the limit was halved by now."""
         self._inside: dict[int, int] = {}
         self._changed = threading.Condition()
 
     @property
     def limit(self) -> int:
         return self._limit
+
+    @property
+    def is_free(self) -> bool:
+        """Whether this thread may send right now without waiting, and one request more than it has under way already."""
+        with self._changed:
+            if threading.get_ident() in self._inside:
+                return self._limit == self._most
+            return len(self._inside) < self._limit
 
     def enter(self) -> None:
         """Wait until this thread may send a request; whoever waits lets go of the turn."""
@@ -64,9 +74,13 @@ class Gate:
         else:
             self.went_well()
 
-    def slow_down(self) -> None:
+    def slow_down(self, since: int | None = None) -> None:
+        """The store said so, to a request that was sent when there had been ``since`` slowdowns: of several that were under
+        way together the first is heard."""
         with self._changed:
-            self._limit, self._calm = max(1, self._limit // 2), 0
+            if since is None or since == self.slowdowns:
+                self._limit, self._calm = max(1, self._limit // 2), 0
+                self.slowdowns += 1
 
     def went_well(self) -> None:
         if self._limit == self._most:

@@ -34,6 +34,7 @@ from checkpoint_operator.storage.store import (
     Written,
     unheard,
 )
+from checkpoint_operator.storage.turn import TURN
 
 if TYPE_CHECKING:
     from mypy_boto3_s3.client import S3Client
@@ -216,7 +217,9 @@ class S3Store:
 
     @contextmanager
     def put(self, key: str, body: Buffer, digest: bytes, owner: str) -> Iterator[Callable[[], Written | None]]:
-        if self._is_taken(key):
+        with TURN.let_go():
+            is_taken = self._is_taken(key)
+        if is_taken:
             yield lambda: None
             return
         headers = {**self._checksums.headers(digest), f"x-amz-meta-{OWNER}": owner}

@@ -16,7 +16,7 @@ import time
 import weakref
 import xml.etree.ElementTree as ET
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
@@ -84,7 +84,9 @@ class Wire:
         self._connect = Connector(url.scheme, url.hostname or "", url.port, tls)
         self._credentials, self._region = credentials, region
         self._has_tls = tls is not None
-        self._idle: deque[_Idle] = deque()
+        self._is_well = True
+        # Large bodies leave megabytes of buffers behind in a connection, and there are many connections for small ones.
+        self._idle: tuple[deque[_Idle], deque[_Idle]] = (deque(), deque())
         self.gate = Gate(limit)
         # As urllib3's pools do: whoever lets go of the wire need not close it.
         weakref.finalize(self, _close_all, self._idle)
@@ -92,20 +94,20 @@ class Wire:
     @contextmanager
     def putting(self, key: str, query: str, headers: Mapping[str, str], body: Body) -> Iterator[Callable[[], Answer]]:
         """PUT one body: on its way when the block begins; what the block is given waits for the answer, and may be called
-        once. It raises :class:`WireError`. A block that ends without that gives the request up, whatever became of it."""
+        once. It raises :class:`WireError`. A block that ends without that waits for one answer, whatever it says: nothing
+        that was sent happens later."""
         # On TLS the body is protected twice already, by the connection and by its checksum; so botocore has it as well.
         payload = UNSIGNED_PAYLOAD if self._has_tls else _sha256(body)
         headers = {**headers, "Content-Length": str(len(body))}
         call = self._call("PUT", key, query, headers, payload, body, len(body), lambda answer: _read(answer, _SLICE))
-        begun: list[_Sent] = []
-        # Trouble is told when the answer is asked for, after all attempts.
-        with _turn(call), suppress(OSError, http.client.HTTPException):
-            begun.append(self._begin(call))
+        # Trouble is told when the answer is asked for, after all attempts. While the store is in trouble nothing is sent
+        # before that either.
+        first = self._try(call) if self.gate.is_free and self._is_well else None
         try:
-            yield lambda: self._finish(call, begun.pop() if begun else None)
+            yield lambda: self._finish(call, first)
         finally:
-            for sent in begun:
-                sent.give_up()
+            if isinstance(first, _Sent):
+                first.wait()
 
     def get(self, key: str, headers: Mapping[str, str], length: int) -> Answer:
         """GET at most ``length`` bytes of an object. Raises :class:`WireError`, :class:`TooLarge` where there are more."""
@@ -150,57 +152,66 @@ class Wire:
     ) -> "_Call":
         return _Call(method, f"{self._base}/{quote(key, safe='/-_.~')}{query}", headers, payload, body, size, read)
 
-    def _finish(self, call: "_Call", sent: "_Sent | None" = None) -> Answer:
-        """Make a request until it has an answer, or there were enough attempts; ``sent`` is the first, where it was made."""
-        retry: Retry | None = None
+    def _try(self, call: "_Call") -> "_Sent | Exception":
+        try:
+            with _turn(call):
+                return self._begin(call)
+        except (OSError, http.client.HTTPException) as error:
+            return error
+
+    def _finish(self, call: "_Call", first: "_Sent | Exception | None" = None) -> Answer:
+        """Make a request until it has an answer, or there were enough attempts; ``first`` is what came of the first one."""
+        retry = Retry(ATTEMPTS - 1, backoff_factor=0.25, backoff_jitter=0.5, backoff_max=20)
         with _turn(call):
             while True:
-                answer, failed = None, Exception()
+                answer, failed, slowdowns = None, Exception(), 0
                 try:
-                    sent = sent or self._begin(call)
-                    answer = sent.answer()
+                    sent, first = first or self._begin(call), None
+                    if isinstance(sent, Exception):
+                        raise sent
+                    answer, slowdowns = sent.answer(), sent.slowdowns
                 except (OSError, http.client.HTTPException) as error:
-                    failed = error
+                    failed = error.with_traceback(None)  # its frames hold the body, and the list of retries holds it
+                    self._is_well = False
                     _close_all(self._idle)  # whatever happened to this connection may have happened to all of them
                 if answer is not None:
+                    self._is_well = True
                     if not _may_pass(answer):
                         self.gate.went_well()
                         return answer
                     if answer.status in SLOW_DOWN:
-                        self.gate.slow_down()
+                        self.gate.slow_down(slowdowns)
                 try:
-                    retry = (
-                        retry or Retry(ATTEMPTS - 1, backoff_factor=0.25, backoff_jitter=0.5, backoff_max=20)
-                    ).increment(call.method, call.url, error=failed)
+                    retry = retry.increment(call.method, call.url, error=failed)
                 except MaxRetryError:
                     if answer is not None:
                         return answer  # the store's own words say more than we could
                     raise WireError(f"{type(failed).__name__}: {failed}, {ATTEMPTS} times") from failed
-                sent = None
                 with TURN.let_go():
                     time.sleep(retry.get_backoff_time())
 
     def _begin(self, call: "_Call") -> "_Sent":
         """Send a request, as soon as the gate lets it pass."""
         self.gate.enter()
-        connection = None
+        slowdowns, connection = self.gate.slowdowns, None
         try:
             headers = {**call.headers, "host": self._connect.host}
             headers = sign(self._credentials, self._region, call.method, call.url, headers, call.payload)
-            connection = self._take()
+            idle = self._idle[call.size < SMALL]
+            connection = self._take(idle)
             response = self._send(connection, call, headers)
         except BaseException:
             if connection:
                 connection.close()
             self.gate.leave()
             raise
-        return _Sent(call.read, connection, response, self._idle, self.gate)
+        return _Sent(call.read, connection, response, idle, self.gate, slowdowns)
 
-    def _take(self) -> http.client.HTTPConnection:
+    def _take(self, idle: deque[_Idle]) -> http.client.HTTPConnection:
         """A connection; not one that the other side has closed, or on which it has said what nobody asked for."""
         while True:
             try:
-                since, connection = self._idle.pop()
+                since, connection = idle.pop()
             except IndexError:
                 with TURN.let_go():
                     return self._connect.open()
@@ -259,17 +270,23 @@ class _Sent:
         response: http.client.HTTPResponse,
         idle: deque[_Idle],
         gate: Gate,
+        slowdowns: int,
     ) -> None:
         self._read, self._connection, self._response, self._idle, self._gate = read, connection, response, idle, gate
+        self.slowdowns = slowdowns
+        """Of the gate, when it was sent."""
+        self._is_over = False
 
     def answer(self) -> Answer:
         """Wait for it, and make the connection free for another one. Raises OSError, HTTPException."""
-        response = self._response
+        response, self._is_over = self._response, True
         try:
             response.begin()
             content = self._read(response)
         except BaseException:
-            self.give_up()
+            response.close()
+            self._connection.close()
+            self._gate.leave()
             raise
         if response.will_close:
             self._connection.close()
@@ -278,15 +295,17 @@ class _Sent:
         self._gate.leave()
         return Answer(response.status, cast(Mapping[str, str], response.headers), content)
 
-    def give_up(self) -> None:
-        self._response.close()
-        self._connection.close()
-        self._gate.leave()
+    def wait(self) -> None:
+        """Until the store has said something, where nobody has asked for it."""
+        if not self._is_over:
+            with suppress(OSError, http.client.HTTPException, WireError):
+                self.answer()
 
 
-def _close_all(idle: deque[_Idle]) -> None:
-    while idle:
-        idle.pop()[1].close()
+def _close_all(idle: Iterable[deque[_Idle]]) -> None:
+    for connections in idle:
+        while connections:
+            connections.pop()[1].close()
 
 
 def _sha256(body: Body) -> str:

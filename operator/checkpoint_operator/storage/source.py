@@ -306,6 +306,13 @@ class SourceTree:
         except PermissionError as error:
             raise self._unreadable(file) from error
         except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                raise StorageError(
+                    Reason.SOURCE_UNREADABLE,
+                    f"'{_short(file.path)}' cannot be opened: {error.strerror}; run fewer transfers at once in this "
+                    "process, or raise its limit (ulimit -n)",
+                    path=file.path,
+                ) from error
             raise StorageError(
                 Reason.SOURCE_CHANGED, f"'{file.path}' was replaced or removed: {error.strerror}", path=file.path
             ) from error
@@ -431,7 +438,10 @@ class OpenFile:
         )
 
     def close(self) -> None:
-        os.close(self.descriptor)
+        """Once is enough."""
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1
 
     def __enter__(self) -> "OpenFile":
         return self

@@ -90,6 +90,7 @@ class Transfer:
         with ThreadPoolExecutor(self.streams, thread_name_prefix="send") as self._senders:
             for wave in _waves(self.listing.files):
                 settled += self._parallel(self._settle_batch, _batches(wave, self.files_at_once))
+        assert len(settled) == len(self.listing.files), "each file is stored, or something else is in its place"
         self.meter.stage(Stage.VERIFYING)
         mismatched = tuple(one for one in settled if isinstance(one, Found))
         return Put(self._table(one for one in settled if isinstance(one, StoredFile)), mismatched)
@@ -153,14 +154,15 @@ class Transfer:
         """Bring one file into the store, or say what else is there: the last that is yielded. None is yielded where there
         is nothing to do but to wait for the store. ``room``: where its bytes go, else the budget is asked for some."""
         key = self.prefix + file.path
-        with self._open(file) as source:
-            if file.path in self.existing and (stat := self._stat(key)) is not None:
-                for upload in self.unfinished.get(key, ()):  # of no use to anybody: the object is there
-                    with TURN.let_go():
-                        self.store.abort_upload(upload.key, upload.id)
+        if file.path in self.existing and (stat := self._stat(key)) is not None:
+            for upload in self.unfinished.get(key, ()):  # of no use to anybody: the object is there
+                with TURN.let_go():
+                    self.store.abort_upload(upload.key, upload.id)
+            with self._open(file) as source:
                 yield self._compare(source, stat, None, room)
-                return
-            for _ in range(_TRIES):
+            return
+        for _ in range(_TRIES):
+            with self._open(file) as source:
                 sending = _Sending(self, source, key)
                 with suppress(UploadLost):
                     if file.size <= sending.part_size:
@@ -174,9 +176,7 @@ class Transfer:
                 if stat is not None:
                     yield self._compare(source, stat, sending.cut if sending.is_read else None, room)
                     return
-            raise StorageError(
-                Reason.STORE_UNAVAILABLE, f"the store gave up {_TRIES} uploads of '{file.path}'", path=file.path
-            )
+        raise StorageError(Reason.STORE_UNAVAILABLE, f"the store gave up {_TRIES} uploads of '{file.path}'", path=file.path)
 
     def _confirmed(self, sending: "_Sending", written: Written) -> StoredFile | Found:
         """A write counts when the store names the checksum that we computed; where the reply has none it is asked."""
@@ -267,6 +267,7 @@ class _Sending:
             digest = self._store.digest(body)
             self.cut.pieces.append(Piece(size, digest))
             self._finish_reading()
+            self.source.close()  # there may be dozens of files whose answer is waited for
             with self._store.put(self.key, body, digest, transfer.owner) as answer:
                 yield
                 written = answer()

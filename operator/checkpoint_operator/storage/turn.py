@@ -9,6 +9,7 @@ The interpreter has one lock, so the process has one turn. It protects nothing: 
 not wait for another thread.
 """
 
+import os
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -21,8 +22,7 @@ class Turn:
     """Held by one thread while it computes (:meth:`taken`), and by none while it waits for others (:meth:`let_go`)."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._holder: int | None = None
+        self.forget()
         self._taken, self._let_go, self._nothing = (
             _Scope(self._take, self._give),
             _Scope(self._give, self._take),
@@ -40,6 +40,11 @@ class Turn:
     def let_go(self) -> AbstractContextManager[None]:
         """For the time of a call that waits; nothing where this thread has no turn."""
         return self._let_go if self._holder == threading.get_ident() else self._nothing
+
+    def forget(self) -> None:
+        """In the child of a fork the thread that had the turn does not exist."""
+        self._lock = threading.Lock()
+        self._holder: int | None = None
 
     def _take(self) -> None:
         self._lock.acquire()
@@ -64,3 +69,4 @@ class _Scope(AbstractContextManager[None]):
 
 
 TURN = Turn()
+os.register_at_fork(after_in_child=TURN.forget)
