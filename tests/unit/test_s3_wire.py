@@ -227,8 +227,14 @@ SLOW = b"HTTP/1.1 503 Slow\r\nContent-Length: 0\r\n\r\n"
 
 
 def test_of_answers_that_were_under_way_together_the_first_slows_down(server: Server, wire: Wire) -> None:
+    all_there = threading.Barrier(4, timeout=10)
+
+    def slow(connection: socket.socket) -> None:
+        all_there.wait()
+        connection.sendall(SLOW)
+
     wire.gate = Gate(8)
-    server.turns = [says(SLOW)] * 4 + [says(OK)] * 4
+    server.turns = [slow] * 4 + [says(OK)] * 4
     with ExitStack() as stack:
         answers = [stack.enter_context(wire.putting(f"{number}", "", {}, b"body")) for number in range(4)]
         assert [answer().status for answer in answers] == [200] * 4
