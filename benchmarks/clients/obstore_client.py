@@ -56,3 +56,5 @@ async def download_all() -> None:
 
 
 asyncio.run(upload_all(list(Path(folder).iterdir())) if direction == "upload" else download_all())
+# Its runtime's threads outlive the interpreter, which now and then ended with SIGABRT after all the work was done.
+os._exit(0)
