@@ -100,6 +100,17 @@ def says(answer: bytes, *, hang_up: bool = False) -> Turn:
     return turn
 
 
+def together(count: int, answer: bytes) -> list[Turn]:
+    """So many requests, none of which is answered before all are there."""
+    all_there = threading.Barrier(count, timeout=10)
+
+    def turn(connection: socket.socket) -> None:
+        all_there.wait()
+        connection.sendall(answer)
+
+    return [turn] * count
+
+
 def put(wire: Wire, headers: Mapping[str, str] = MappingProxyType({}), body: bytes = b"body") -> Answer:
     with wire.putting("x", "", headers, body) as answer:
         return answer()
@@ -176,14 +187,8 @@ def test_the_session_token_is_in_no_log(server: Server, wire: Wire, caplog: pyte
 
 def test_one_thread_has_several_bodies_on_their_way_before_it_reads_an_answer(server: Server, wire: Wire) -> None:
     """The server says nothing before it has all of them, and the gate lets one thread in once."""
-    all_there = threading.Barrier(6, timeout=10)
-
-    def turn(connection: socket.socket) -> None:
-        all_there.wait()
-        connection.sendall(OK)
-
     wire.gate = Gate(1)
-    server.turns = [turn] * 6
+    server.turns = together(6, OK)
     with ExitStack() as stack:
         answers = [stack.enter_context(wire.putting(f"{number}", "", {}, b"body")) for number in range(6)]
         assert [answer().status for answer in answers] == [200] * 6
@@ -227,14 +232,8 @@ SLOW = b"HTTP/1.1 503 Slow\r\nContent-Length: 0\r\n\r\n"
 
 
 def test_of_answers_that_were_under_way_together_the_first_slows_down(server: Server, wire: Wire) -> None:
-    all_there = threading.Barrier(4, timeout=10)
-
-    def slow(connection: socket.socket) -> None:
-        all_there.wait()
-        connection.sendall(SLOW)
-
     wire.gate = Gate(8)
-    server.turns = [slow] * 4 + [says(OK)] * 4
+    server.turns = together(4, SLOW) + [says(OK)] * 4
     with ExitStack() as stack:
         answers = [stack.enter_context(wire.putting(f"{number}", "", {}, b"body")) for number in range(4)]
         assert [answer().status for answer in answers] == [200] * 4

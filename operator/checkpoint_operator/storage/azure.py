@@ -9,7 +9,7 @@ import base64
 import io
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 from azure.core import MatchConditions
@@ -43,9 +43,9 @@ from checkpoint_operator.storage.store import (
     Upload,
     UploadLost,
     Written,
+    put_now,
     unheard,
 )
-from checkpoint_operator.storage.turn import TURN
 
 OWNER = "artifactuid"
 """Metadata (x-ms-meta-artifactuid) by which a deletion knows its own blobs. Azure wants a C# identifier; and proxies drop
@@ -211,11 +211,8 @@ class AzureStore:
     def checksum(self, pieces: Sequence[Piece]) -> str:
         return azure_blocks.checksum(pieces)
 
-    @contextmanager
-    def put(self, key: str, body: Buffer, digest: bytes, owner: str) -> Iterator[Callable[[], Written | None]]:
-        with TURN.let_go():  # it waits for the store, where another thread may get something done
-            written = self._put(key, body, digest, owner)
-        yield lambda: written
+    def put(self, key: str, body: Buffer, digest: bytes, owner: str) -> AbstractContextManager[Callable[[], Written | None]]:
+        return put_now(lambda: self._put(key, body, digest, owner))
 
     def _put(self, key: str, body: Buffer, digest: bytes, owner: str) -> Written | None:
         if self._is_taken(key):

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
-from checkpoint_operator.storage.store import Body, Piece, slices_of
+from checkpoint_operator.storage.store import Body, Piece, hashed
 
 MIB = 1 << 20
 PART_SIZE = 8 * MIB
@@ -65,10 +65,7 @@ def part_size(size: int) -> int:
 
 def digest(body: Body) -> bytes:
     """MD5: what Azure checks on arrival, computes by itself for a Put Blob, and keeps."""
-    found = hashlib.md5(usedforsecurity=False)
-    for one in slices_of(body):
-        found.update(one)
-    return found.digest()
+    return hashed(body, hashlib.md5(usedforsecurity=False)).digest()
 
 
 def checksum(pieces: Sequence[Piece]) -> str:

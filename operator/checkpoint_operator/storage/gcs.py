@@ -12,7 +12,7 @@ Memory: one body for each caller; nothing is copied, nothing else grows with the
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from functools import reduce
 from typing import TypeVar
 
@@ -37,9 +37,9 @@ from checkpoint_operator.storage.store import (
     Upload,
     UploadLost,
     Written,
+    put_now,
     unheard,
 )
-from checkpoint_operator.storage.turn import TURN
 
 MIB = 1 << 20
 PART_SIZE = 16 * MIB
@@ -185,11 +185,8 @@ class GCSStore:
 
         return gcs_crc32c.encode(reduce(join, pieces, 0))
 
-    @contextmanager
-    def put(self, key: str, body: Buffer, digest: bytes, owner: str) -> Iterator[Callable[[], Written | None]]:
-        with TURN.let_go():  # it waits for the store, where another thread may get something done
-            written = self._put(key, body, digest, owner)
-        yield lambda: written
+    def put(self, key: str, body: Buffer, digest: bytes, owner: str) -> AbstractContextManager[Callable[[], Written | None]]:
+        return put_now(lambda: self._put(key, body, digest, owner))
 
     def _put(self, key: str, body: Buffer, digest: bytes, owner: str) -> Written | None:
         if self._is_taken(key):

@@ -28,7 +28,7 @@ from checkpoint_operator.storage.errors import StorageError
 from checkpoint_operator.storage.gate import Gate
 from checkpoint_operator.storage.gcs_credentials import make_credentials
 from checkpoint_operator.storage.gcs_identity import Identity
-from checkpoint_operator.storage.store import Body, Buffer, slices_of
+from checkpoint_operator.storage.store import Body, Buffer, bites_of
 
 TIMEOUT = (10.0, 60.0)
 """Seconds to connect, or to send 256 KiB, and seconds without a byte of an answer."""
@@ -303,10 +303,7 @@ class _Related:
 
     def __iter__(self) -> Iterator[Buffer]:
         yield self._head
-        for one in slices_of(self._body):
-            view = memoryview(one)
-            for start in range(0, len(view), _STEP):
-                yield view[start : start + _STEP]
+        yield from bites_of(self._body, _STEP)
         yield self._tail
 
 

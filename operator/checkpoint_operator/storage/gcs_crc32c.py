@@ -9,7 +9,7 @@ from functools import lru_cache
 
 import google_crc32c
 
-from checkpoint_operator.storage.store import Body, slices_of
+from checkpoint_operator.storage.store import Body, bites_of
 
 _POLYNOMIAL = 0x82F63B78  # reflected: bit 31 is the coefficient of x⁰
 _ONE = 1 << 31
@@ -24,10 +24,8 @@ def crc32c(body: Body) -> int:
     stays in the CPU's cache, and other threads get their turn in between.
     """
     found = 0
-    for one in slices_of(body):
-        view = memoryview(one)
-        for start in range(0, len(view), _STEP):
-            found = google_crc32c.extend(found, bytes(view[start : start + _STEP]))
+    for bite in bites_of(body, _STEP):
+        found = google_crc32c.extend(found, bytes(bite))
     return found
 
 

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from awscrt.checksums import combine_crc64nvme, crc64nvme
 
-from checkpoint_operator.storage.store import Body, Part, Piece, slices_of
+from checkpoint_operator.storage.store import Body, Part, Piece, hashed, slices_of
 
 
 class Checksums(Protocol):
@@ -92,10 +92,7 @@ class _CRC64:
 
 class _MD5:
     def digest(self, body: Body) -> bytes:
-        found = hashlib.md5(usedforsecurity=False)
-        for one in slices_of(body):
-            found.update(one)
-        return found.digest()
+        return hashed(body, hashlib.md5(usedforsecurity=False)).digest()
 
     def whole(self, pieces: Sequence[Piece] | Sequence[Part]) -> str:
         digests = [piece.digest or b"" for piece in pieces]

@@ -30,7 +30,7 @@ from urllib3.util.wait import wait_for_read
 from checkpoint_operator.storage.connector import Connector, WireError
 from checkpoint_operator.storage.gate import SLOW_DOWN, Gate
 from checkpoint_operator.storage.s3_signer import sign
-from checkpoint_operator.storage.store import PIECE, Arrived, Body, Buffer, slices_of
+from checkpoint_operator.storage.store import PIECE, Arrived, Body, Buffer, hashed, slices_of
 from checkpoint_operator.storage.streams import Stream
 from checkpoint_operator.storage.turn import SMALL, TURN
 
@@ -97,9 +97,9 @@ class Wire:
         once. It raises :class:`WireError`. A block that ends without that waits for one answer, whatever it says: nothing
         that was sent happens later."""
         # On TLS the body is protected twice already, by the connection and by its checksum; so botocore has it as well.
-        payload = UNSIGNED_PAYLOAD if self._has_tls else _sha256(body)
+        payload = UNSIGNED_PAYLOAD if self._has_tls else hashed(body, hashlib.sha256()).hexdigest()
         headers = {**headers, "Content-Length": str(len(body))}
-        call = self._call("PUT", key, query, headers, payload, body, len(body), lambda answer: _read(answer, _SLICE))
+        call = _Call("PUT", self._url(key, query), headers, payload, body, len(body), lambda answer: _read(answer, _SLICE))
         # Trouble is told when the answer is asked for, after all attempts. While the store is in trouble nothing is sent
         # before that either.
         first = self._try(call) if self.gate.is_free and self._is_well else None
@@ -111,11 +111,9 @@ class Wire:
 
     def get(self, key: str, headers: Mapping[str, str], length: int) -> Answer:
         """GET at most ``length`` bytes of an object. Raises :class:`WireError`, :class:`TooLarge` where there are more."""
-        return self._finish(
-            self._call(
-                "GET", key, "", headers, EMPTY_SHA256_HASH, b"", length, lambda answer: _read(answer, max(length, _SLICE))
-            )
-        )
+        most = max(length, _SLICE)
+        url = self._url(key)
+        return self._finish(_Call("GET", url, headers, EMPTY_SHA256_HASH, b"", length, lambda answer: _read(answer, most)))
 
     def get_into(self, key: str, headers: Mapping[str, str], into: memoryview, arrived: Arrived) -> Answer:
         """GET exactly as many bytes as a buffer has: then the answer's body is that buffer, else it is the store's words.
@@ -137,20 +135,10 @@ class Wire:
             response.close()
             return into
 
-        return self._finish(self._call("GET", key, "", headers, EMPTY_SHA256_HASH, b"", len(into), read))
+        return self._finish(_Call("GET", self._url(key), headers, EMPTY_SHA256_HASH, b"", len(into), read))
 
-    def _call(
-        self,
-        method: str,
-        key: str,
-        query: str,
-        headers: Mapping[str, str],
-        payload: str,
-        body: Body,
-        size: int,
-        read: "_Read",
-    ) -> "_Call":
-        return _Call(method, f"{self._base}/{quote(key, safe='/-_.~')}{query}", headers, payload, body, size, read)
+    def _url(self, key: str, query: str = "") -> str:
+        return f"{self._base}/{quote(key, safe='/-_.~')}{query}"
 
     def _try(self, call: "_Call") -> "_Sent | Exception":
         try:
@@ -306,13 +294,6 @@ def _close_all(idle: Iterable[deque[_Idle]]) -> None:
     for connections in idle:
         while connections:
             connections.pop()[1].close()
-
-
-def _sha256(body: Body) -> str:
-    found = hashlib.sha256()
-    for one in slices_of(body):
-        found.update(one)
-    return found.hexdigest()
 
 
 def _read(response: http.client.HTTPResponse, most: int) -> Buffer:

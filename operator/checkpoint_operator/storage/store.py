@@ -12,9 +12,14 @@ files come as slices, and what they raise while they are iterated is to be let t
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import TYPE_CHECKING, Protocol, TypeAlias
+
+from checkpoint_operator.storage.turn import TURN
+
+if TYPE_CHECKING:
+    from hashlib import _Hash
 
 Buffer = bytes | bytearray | memoryview
 
@@ -35,6 +40,21 @@ Body: TypeAlias = Buffer | Sliced
 def slices_of(body: Body) -> Iterable[Buffer]:
     """A body as what can be hashed and sent one after the other; a buffer is one slice."""
     return (body,) if isinstance(body, bytes | bytearray | memoryview) else body
+
+
+def bites_of(body: Body, most: int) -> Iterator[memoryview]:
+    """The same in views of at most so many bytes each."""
+    for one in slices_of(body):
+        view = memoryview(one)
+        for start in range(0, len(view), most):
+            yield view[start : start + most]
+
+
+def hashed(body: Body, digest: "_Hash") -> "_Hash":
+    """A hash of ``hashlib``, fed with a body."""
+    for one in slices_of(body):
+        digest.update(one)
+    return digest
 
 
 Arrived = Callable[[int, int], None]
@@ -188,6 +208,14 @@ class ObjectStore(Protocol):
 
     def honours_conditions(self, probe_key: str) -> bool:
         """Whether create-if-absent and conditional replacement work; asked once, on a key that nobody else uses."""
+
+
+@contextmanager
+def put_now(write: Callable[[], Written | None]) -> Iterator[Callable[[], Written | None]]:
+    """:meth:`ObjectStore.put` of a store whose client sends a request and waits for its answer in one call."""
+    with TURN.let_go():  # meanwhile another thread may get something done
+        written = write()
+    yield lambda: written
 
 
 class UploadLost(Exception):

@@ -389,9 +389,8 @@ def _waves(files: Iterable[SourceFile]) -> tuple[list[SourceFile], list[SourceFi
     return first, last
 
 
-def _batches(files: Iterable[SourceFile], workers: int) -> list[list[SourceFile]]:
+def _batches(files: Sequence[SourceFile], workers: int) -> list[list[SourceFile]]:
     """In their order; neighbours that are small by the handful, as long as there is a handful for each of the workers."""
-    files = list(files)
     most = max(1, min(BATCH, sum(file.size < SMALL for file in files) // workers))
     batches: list[list[SourceFile]] = []
     room = 0
